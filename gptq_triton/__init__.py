@@ -1,0 +1,31 @@
+"""GPTQ for PyTorch, whole: quantizer, solver, checkpoints and the Triton kernels that run them."""
+
+from .checkpoint import inspect_checkpoint, load_quant, load_quantized, save_quantized
+from .config import QuantizeConfig
+from .layers import find_layers
+from .linear import QuantLinear, make_quant
+from .model import estimate, quantize_model
+from .packing import PackedWeight
+from .quantizer import Quantizer, quantize
+from .solver import GPTQ, SolverOptions
+from .spec import QuantSpec
+
+__all__ = [
+    "GPTQ",
+    "PackedWeight",
+    "QuantLinear",
+    "QuantSpec",
+    "QuantizeConfig",
+    "Quantizer",
+    "SolverOptions",
+    "estimate",
+    "find_layers",
+    "inspect_checkpoint",
+    "load_quant",
+    "load_quantized",
+    "make_quant",
+    "quantize",
+    "quantize_model",
+    "save_quantized",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,186 @@
+"""QuantizeConfig: what to do to a model, and what a checkpoint's config files say was done.
+
+Source of the file fields: AutoGPTQ (``quantize_config.json``), transformers' ``GPTQConfig`` and
+GPTQModel (``config.json: quantization_config``, ``dynamic``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .packing import zero_offset
+from .solver import SolverOptions
+from .spec import QuantSpec
+
+SYNONYMS = {
+    "w_bit": "bits",
+    "wbits": "bits",
+    "q_group_size": "group_size",
+    "groupsize": "group_size",
+    "format": "checkpoint_format",
+    "act_group_aware": "group_aware",
+}
+# Formats that carry the same tensor names and mean something else.
+REFUSED_FORMATS = {
+    "gptq_p": "GPTQModel's planar bit layout",
+    "marlin": "the Marlin kernel layout",
+    "bitblas": "the BitBLAS kernel layout",
+    "awq": "AWQ",
+    "gemm": "AWQ",
+}
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How a model is quantized.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: Input rows per group; -1 for all of them.
+        sym: Fixed zero points in the middle of the range.
+        desc_act: Act-order: round columns by falling activation energy, and let groups follow that order.
+        static_groups: Groups found on the original weights; keeps groups in order under act-order.
+        group_aware: Without ``desc_act``, round groups and columns inside them by falling energy.
+        damp_percent: Damping of the Hessian, as a fraction of its mean diagonal.
+        true_sequential: Inside a block, let each layer see the error of the layers before it. Costs
+            one more forward pass per stage.
+        mse: Clip each group's range where that lowers the rounding error.
+        lm_head: Quantize the output head too.
+        dynamic: Per-module rules, tried in order, as GPTQModel writes them: ``"-:regex"`` leaves the
+            modules it matches alone; ``"regex"`` or ``"+:regex"`` overrides ``bits``, ``group_size``,
+            ``sym``, ``desc_act``, ... The regex is matched from the start of the module's full name.
+        checkpoint_format: "gptq" (v1) or "gptq_v2"; default: v1 if symmetric, else v2, because v1 has
+            no agreed way to store a zero point of 0.
+        extra: Fields of a file that this class does not know, kept verbatim.
+
+    Raises:
+        ValueError: A field is out of range, or a rule is not a valid regex or override.
+        TypeError: ``bits`` or ``group_size`` is not an int.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    static_groups: bool = False
+    group_aware: bool = True
+    damp_percent: float = 0.01
+    true_sequential: bool = False
+    mse: bool = False
+    lm_head: bool = False
+    dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    checkpoint_format: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spec()
+        if not self.checkpoint_format:
+            rules_sym = all(rule.get("sym", True) for rule in self.dynamic.values())
+            object.__setattr__(self, "checkpoint_format", "gptq" if self.sym and rules_sym else "gptq_v2")
+        zero_offset(self.checkpoint_format)
+        self.solver_options()
+        for pattern, rule in self.dynamic.items():
+            try:
+                re.compile(pattern.removeprefix("-:").removeprefix("+:"))
+            except re.error as error:
+                raise ValueError(f"dynamic: {pattern!r} is not a valid regex: {error}") from None
+            if not pattern.startswith("-:"):
+                self._override(rule)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether the result has groups in order, so that readers need no g_idx."""
+        return not self.desc_act or self.static_groups
+
+    def spec(self) -> QuantSpec:
+        """The format of one weight."""
+        return QuantSpec(self.bits, self.group_size, self.sym, self.desc_act)
+
+    def solver_options(self, scale_dtype: torch.dtype = torch.float16) -> SolverOptions:
+        """The same choices as the solver takes them."""
+        return SolverOptions(
+            damp=self.damp_percent,
+            static_groups=self.static_groups,
+            group_aware=self.group_aware,
+            mse=self.mse,
+            scale_dtype=scale_dtype,
+            checkpoint_format=self.checkpoint_format,
+        )
+
+    def for_module(self, name: str) -> QuantizeConfig | None:
+        """The configuration of one module by its full name, or None if a rule leaves it alone."""
+        for pattern, rule in self.dynamic.items():
+            if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):
+                return None if pattern.startswith("-:") else self._override(rule)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of both config files, unknown ones included."""
+        out = dict(self.extra) | {
+            "quant_method": "gptq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "desc_act": not self.trivial,
+            "static_groups": self.static_groups,
+            "damp_percent": self.damp_percent,
+            "true_sequential": self.true_sequential,
+            "lm_head": self.lm_head,
+            "checkpoint_format": self.checkpoint_format,
+            "pack_dtype": "int32",
+        }
+        if self.dynamic:
+            out["dynamic"] = {pattern: dict(rule) for pattern, rule in self.dynamic.items()}
+        out["meta"] = {**dict(out.get("meta") or {}), "group_aware": self.group_aware, "mse": self.mse}
+        return out
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> QuantizeConfig:
+        """Read either config file.
+
+        Raises:
+            ValueError: A field is missing or out of range, or the checkpoint is of another kind.
+        """
+        found = dict(fields)
+        for old, new in SYNONYMS.items():
+            if old in found and new not in found:
+                found[new] = found.pop(old)
+        if "zero_point" in found and "sym" not in found:  # AWQ's word for "not symmetric"
+            found["sym"] = not found.pop("zero_point")
+        _refuse_other_kinds(found)
+        if "bits" not in found:
+            raise ValueError("the quantization config has no `bits`")
+        meta = found.get("meta") or {}
+        for name in ("static_groups", "group_aware", "mse", "true_sequential", "damp_percent"):
+            if name not in found and isinstance(meta, Mapping) and meta.get(name) is not None:
+                found[name] = meta[name]
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        own = {name: value for name, value in found.items() if name in known and value is not None}
+        own.setdefault("checkpoint_format", "gptq")
+        if isinstance(own.get("mse"), (int, float)):
+            own["mse"] = bool(own["mse"])
+        extra = {name: value for name, value in fields.items() if name not in known}
+        return cls(**own, extra=extra)
+
+    def _override(self, rule: Mapping[str, Any]) -> QuantizeConfig:
+        allowed = {f.name for f in dataclasses.fields(self)} - {"dynamic", "checkpoint_format", "extra", "lm_head"}
+        known = {SYNONYMS.get(name, name): value for name, value in rule.items()}
+        return dataclasses.replace(self, dynamic={}, **{n: v for n, v in known.items() if n in allowed})
+
+
+def _refuse_other_kinds(found: Mapping[str, Any]) -> None:
+    if found.get("is_marlin_format"):
+        raise ValueError("is_marlin_format is set: the weights are in the Marlin kernel layout, not GPTQ's")
+    for name in ("quant_method", "checkpoint_format"):
+        value = str(found.get(name) or "gptq").lower()
+        kind = next((text for key, text in REFUSED_FORMATS.items() if value.startswith(key)), None)
+        if kind is not None or not value.startswith("gptq"):
+            raise ValueError(f"{name} is {value!r}{f' ({kind})' if kind else ''}, which is not a GPTQ checkpoint")
+    if str(found.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
+        raise ValueError(f"pack_dtype must be int32, got {found['pack_dtype']!r}")

@@ -1,0 +1,117 @@
+"""Text in segments of tokens, and how well a model predicts them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts a text.
+
+    Attributes:
+        perplexity: ``exp`` of the mean negative log-likelihood per predicted token.
+        kl: Mean ``KL(reference || model)`` per token, in nats; None without a reference.
+        top1: Fraction of tokens where both models' most likely token agrees; None without a reference.
+        tokens: Tokens predicted.
+    """
+
+    perplexity: float
+    kl: float | None
+    top1: float | None
+    tokens: int
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """The tokens of a text, int64 (T,), without special tokens."""
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]  # pyright: ignore
+
+
+def random_segments(tokens: Tensor, length: int, count: int, seed: int) -> list[Tensor]:
+    """``count`` segments (length,) that start at random places of (T,).
+
+    Raises:
+        ValueError: The text is shorter than one segment.
+    """
+    starts = random.Random(seed)
+    return [tokens[i : i + length] for i in (starts.randint(0, _last(tokens, length)) for _ in range(count))]
+
+
+def even_segments(tokens: Tensor, length: int, count: int) -> list[Tensor]:
+    """``count`` segments (length,) evenly spaced over (T,); fewer if they would overlap.
+
+    Raises:
+        ValueError: The text is shorter than one segment.
+    """
+    last = _last(tokens, length)
+    count = min(count, len(tokens) // length)
+    starts = [round(i * last / max(count - 1, 1)) for i in range(count)]
+    return [tokens[i : i + length] for i in starts]
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, segment: Tensor) -> Tensor:
+    """What a model expects after each token of a segment (S,) but the last: float32 (S - 1, vocabulary)."""
+    logits = model(segment[None].to(model.device), use_cache=False).logits[0, :-1]
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    segments: Sequence[Tensor],
+    reference: PreTrainedModel | Sequence[Tensor] | None = None,
+) -> Quality:
+    """Measure a model on segments of held-out text.
+
+    Args:
+        model: A causal language model.
+        segments: Token ids, each (S,) with S >= 2.
+        reference: The full-precision model, or its :func:`log_probabilities` for the first segments;
+            KL and agreement are measured on as many segments as it covers.
+
+    Raises:
+        ValueError: There is nothing to measure.
+    """
+    if not segments:
+        raise ValueError("segments must not be empty")
+    loss = kl = agreed = compared = predicted = 0.0
+    for index, segment in enumerate(segments):
+        ours = log_probabilities(model, segment)
+        target = segment[1:].to(ours.device)
+        loss += float(cross_entropy(ours, target, reduction="sum"))
+        predicted += len(target)
+        theirs = _reference(reference, index, segment)
+        if theirs is not None:
+            theirs = theirs.to(ours.device)
+            kl += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
+            agreed += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
+            compared += len(target)
+    return Quality(
+        perplexity=math.exp(min(loss / predicted, 700)),
+        kl=kl / compared if compared else None,
+        top1=agreed / compared if compared else None,
+        tokens=int(predicted),
+    )
+
+
+def _reference(reference: PreTrainedModel | Sequence[Tensor] | None, index: int, segment: Tensor) -> Tensor | None:
+    if reference is None or isinstance(reference, Sequence):
+        return reference[index] if reference is not None and index < len(reference) else None
+    return log_probabilities(reference, segment)
+
+
+def _last(tokens: Tensor, length: int) -> int:
+    if len(tokens) < length:
+        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one segment of {length}")
+    return len(tokens) - length

@@ -1,0 +1,357 @@
+"""GPTQ for one layer: collect the Hessian of its inputs, then round its columns one by one, each
+time moving the error onto the columns that are still free.
+
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers" (2022), algorithm 1. Group-aware reordering: Gafni et al. (2025), as GPTQModel's
+``act_group_aware``. Kept eager and plain: it is the oracle for faster solvers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .layers import weight_of
+from .packing import PackedWeight, pack_weight, storable, trivial_g_idx
+from .quantizer import encode, group_params
+from .spec import QuantSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How a layer is solved.
+
+    Args:
+        damp: Added to the Hessian's diagonal, as a fraction of its mean; raised tenfold as often as
+            the factorisation fails, up to 1.
+        block: Columns between two updates of the rest of the weight.
+        static_groups: Find scales on the original weights, before any column is rounded. With
+            act-order this keeps groups in order (a trivial g_idx).
+        group_aware: Without act-order, visit groups, and columns inside them, by falling importance.
+            Groups stay in order.
+        mse: Clip each group's range where that lowers the rounding error.
+        min_tokens: Below this many tokens a layer is rounded to nearest; default: K / 8.
+        scale_dtype: What scales are rounded to before any code is chosen.
+        checkpoint_format: How zero points are stored; default: "gptq" if symmetric, else "gptq_v2",
+            because v1 has no agreed way to store a zero point of 0.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    damp: float = 0.01
+    block: int = 128
+    static_groups: bool = False
+    group_aware: bool = True
+    mse: bool = False
+    min_tokens: int | None = None
+    scale_dtype: torch.dtype = torch.float16
+    checkpoint_format: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp <= 1:
+            raise ValueError(f"damp must lie in (0, 1], got {self.damp}")
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1, got {self.block}")
+
+
+class Hessian:
+    """``sum x^T x`` over the tokens a layer saw, in float32.
+
+    Args:
+        K: In-features.
+        device: Where to accumulate.
+    """
+
+    def __init__(self, K: int, device: torch.device | str | None = None):
+        self.sum = torch.zeros(K, K, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Count the rows of x, (..., K), floating. float16 and bfloat16 products are exact here."""
+        rows = x.reshape(-1, self.sum.shape[0]).to(self.sum)
+        self.tokens += rows.shape[0]
+        self.sum.addmm_(rows.t(), rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """One solved layer.
+
+    Attributes:
+        weight: The codes and group parameters, packed.
+        dequantized: What they stand for, (N, K), float32.
+        method: "gptq" or "rtn" (too few tokens, or a Hessian that cannot be factored).
+        error: Relative output error ``tr(E H E^T) / tr(W H W^T)`` over the tokens seen.
+        error_rtn: The same for round-to-nearest with the same grid rules.
+        damp: The damping that was used.
+        tokens: Tokens seen.
+    """
+
+    weight: PackedWeight
+    dequantized: Tensor
+    method: Literal["gptq", "rtn"]
+    error: float
+    error_rtn: float
+    damp: float
+    tokens: int
+
+
+class GPTQ:
+    """Solver of one layer.
+
+    Args:
+        layer: nn.Linear, nn.Conv2d (one group) or transformers' Conv1D; never changed.
+        spec: Target format. ``spec.desc_act`` asks for act-order.
+        options: How to solve.
+        hessian: One that is shared with layers of the same input; default: a new one.
+        name: Used in messages.
+
+    Raises:
+        TypeError: Another kind of layer.
+        ValueError: A grouped convolution.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        spec: QuantSpec,
+        options: SolverOptions | None = None,
+        hessian: Hessian | None = None,
+        name: str = "layer",
+    ):
+        weight = weight_of(layer)
+        if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+            raise ValueError(f"{name}: a convolution must have groups=1, got {layer.groups}")
+        self.layer, self.spec, self.name = layer, spec, name
+        self.options = options or SolverOptions()
+        self.hessian = hessian or Hessian(weight.shape[1], weight.device)
+
+    def add_batch(self, x: Tensor) -> None:
+        """Count one batch of the layer's inputs, shaped as the layer takes them."""
+        if isinstance(self.layer, nn.Conv2d):
+            if isinstance(self.layer.padding, str):
+                raise ValueError(f"{self.name}: padding must be given in numbers, got {self.layer.padding!r}")
+            x = nn.functional.unfold(
+                x, self.layer.kernel_size, self.layer.dilation, self.layer.padding, self.layer.stride
+            ).transpose(1, 2)
+        self.hessian.add(x)
+
+    def solve(self) -> Solution:
+        """Quantize the layer's weight with what was counted so far.
+
+        Raises:
+            ValueError: The weight or the inputs seen are not finite.
+        """
+        weights = {self.name: weight_of(self.layer).detach()}
+        return solve(weights, self.hessian, self.spec, self.options)[self.name]
+
+
+@dataclass(frozen=True, eq=False)
+class _Rounded:
+    """Codes (K, N) and their grid: scales and zeros (G, N), g_idx (K,) int64."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+
+    def slice(self, start: int, stop: int) -> _Rounded:
+        return _Rounded(self.codes[:, start:stop], self.scales[:, start:stop], self.zeros[:, start:stop], self.g_idx)
+
+    def dequantize(self) -> Tensor:
+        return self.scales.float()[self.g_idx].mul_(self.codes - self.zeros[self.g_idx])
+
+
+def solve(
+    weights: dict[str, Tensor],
+    hessian: Hessian,
+    spec: QuantSpec,
+    options: SolverOptions,
+    method: Literal["gptq", "rtn"] = "gptq",
+) -> dict[str, Solution]:
+    """Quantize the weights of layers that share an input: their rows do not interact, so one walk serves all.
+
+    Args:
+        weights: Name to weight (N, K), floating; not changed.
+        hessian: Of the K inputs.
+        spec: Target format.
+        options: How to solve.
+        method: "rtn" rounds to nearest and only measures the error.
+
+    Returns:
+        Name to solution.
+
+    Raises:
+        ValueError: A weight or the Hessian is not finite, or their sizes differ.
+    """
+    names, H = ", ".join(weights), hessian.sum
+    for name, weight in weights.items():
+        if weight.shape[1] != H.shape[0]:
+            raise ValueError(f"{name}: the Hessian has {H.shape[0]} inputs, the weight {weight.shape[1]}")
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{name}: the weight must be finite, got NaN or infinity")
+    if not bool(torch.isfinite(H).all()):
+        raise ValueError(f"{names}: the inputs seen must be finite, got NaN or infinity")
+    original = torch.cat([w.t().to(H) for w in weights.values()], dim=1)  # (K, N)
+    nearest = _round_to_nearest(original, spec, options)
+    found, damp = None, options.damp
+    needed = max(H.shape[0] // 8 if options.min_tokens is None else options.min_tokens, 1)
+    if method == "rtn":
+        pass
+    elif hessian.tokens < needed:
+        logger.warning("%s: saw %d tokens, needs %d; rounded to nearest", names, hessian.tokens, needed)
+    else:
+        order, g_idx = _order(H.diagonal(), spec, options)
+        factor, damp = _inverse_factor(H[order][:, order], options.damp)
+        if factor is None:
+            logger.warning("%s: the Hessian cannot be factored even with damping 1; rounded to nearest", names)
+        else:
+            found = _walk(original[order], factor, order, g_idx, nearest, spec, options)
+    solutions, start = {}, 0
+    for name, weight in weights.items():
+        stop = start + weight.shape[0]
+        W, rtn = original[:, start:stop], nearest.slice(start, stop)
+        chosen = rtn if found is None else found.slice(start, stop)
+        dequantized = chosen.dequantize()
+        error_rtn = _relative_energy(W - rtn.dequantize(), W, H)
+        solutions[name] = Solution(
+            weight=_pack(chosen, spec, options),
+            dequantized=dequantized.t(),
+            method="rtn" if found is None else "gptq",
+            error=error_rtn if found is None else _relative_energy(W - dequantized, W, H),
+            error_rtn=error_rtn,
+            damp=damp,
+            tokens=hessian.tokens,
+        )
+        start = stop
+    return solutions
+
+
+def _order(importance: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple[Tensor, Tensor]:
+    """The order in which columns are rounded, and each column's group; both int64 (K,)."""
+    K = importance.shape[0]
+    g_idx = trivial_g_idx(K, spec.group_size, importance.device).long()
+    if spec.desc_act:
+        order = torch.argsort(importance, descending=True, stable=True)
+        if not options.static_groups:
+            g_idx = torch.empty_like(g_idx).index_copy_(0, order, g_idx)
+        return order, g_idx
+    if not options.group_aware:
+        return torch.arange(K, device=importance.device), g_idx
+    peaks = torch.zeros(spec.groups(K), device=importance.device).scatter_reduce_(0, g_idx, importance, "amax")
+    rank = torch.argsort(torch.argsort(peaks, descending=True, stable=True))  # of each group
+    order = torch.argsort(importance, descending=True, stable=True)
+    return order[torch.argsort(rank[g_idx[order]], stable=True)], g_idx
+
+
+def _inverse_factor(H: Tensor, damp: float) -> tuple[Tensor | None, float]:
+    """Upper U with (H + damping)^-1 = U^T U, float32, and the damping it took; None if none up to 1 helps.
+
+    One Cholesky of the reversed matrix gives H = R R^T with R upper, and U = R^-1.
+    """
+    mean = H.diagonal().double().mean()
+    while True:
+        damped = H.double()
+        damped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            upper = lower.flip(0, 1)
+            eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+            return torch.linalg.solve_triangular(upper, eye, upper=True).float(), damp
+        if damp >= 1:
+            return None, damp
+        damp = min(10 * damp, 1.0)
+
+
+def _walk(
+    columns: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    g_idx: Tensor,
+    nearest: _Rounded,
+    spec: QuantSpec,
+    options: SolverOptions,
+) -> _Rounded:
+    """Algorithm 1 of the paper on columns (K, N), already in processing order; they are used up.
+
+    Groups are found when their first column is reached, on weights that carry every error so far:
+    blocks are cut so that a group lies inside one, or starts one.
+    """
+    K = len(order)
+    groups, positions = g_idx[order].tolist(), order.tolist()
+    scales, zeros = nearest.scales.clone(), nearest.zeros.clone()
+    codes = torch.empty_like(nearest.codes)
+    runs = [K] if options.static_groups else [len(list(run)) for _, run in itertools.groupby(groups)]
+    ends = dict(zip(itertools.accumulate(runs, initial=0), itertools.accumulate(runs), strict=False))
+    diagonal = factor.diagonal().tolist()
+    for start, stop in _blocks(runs, options.block):
+        errors = torch.empty_like(columns[start:stop])
+        for j in range(start, stop):
+            group = groups[j]
+            if j in ends and not options.static_groups:
+                scales[group], zeros[group] = _group_params(columns[j : ends[j]], spec, options)
+            scale, zero = scales[group].float(), zeros[group]
+            code = encode(columns[j], scale, zero, spec.maxq)
+            codes[positions[j]] = code
+            error = errors[j - start]
+            torch.sub(columns[j], (code - zero).mul_(scale), out=error).div_(diagonal[j])
+            columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    return _Rounded(codes, scales, zeros, g_idx)
+
+
+def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:
+    """Cut consecutive runs into blocks of at most ``block`` columns; no run starts inside a block and leaves it."""
+    start = stop = 0
+    for run in runs:
+        if start < stop and stop + run - start > block:
+            yield start, stop
+            start = stop
+        stop += run
+        while stop - start > block:
+            yield start, start + block
+            start += block
+    if start < stop:
+        yield start, stop
+
+
+def _group_params(rows: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple[Tensor, Tensor]:
+    """Scale as it will be stored, and zero point, of the (rows, N) of one group."""
+    scale, zero = group_params(rows.t(), spec.maxq, spec.sym, options.mse)
+    return storable(scale, options.scale_dtype), zero
+
+
+def _round_to_nearest(columns: Tensor, spec: QuantSpec, options: SolverOptions) -> _Rounded:
+    g_idx = trivial_g_idx(len(columns), spec.group_size, columns.device).long()
+    found = [_group_params(rows, spec, options) for rows in columns.split(spec.rows_per_group(len(columns)))]
+    scales, zeros = (torch.stack(values) for values in zip(*found, strict=True))
+    codes = encode(columns, scales.float()[g_idx], zeros[g_idx], spec.maxq)
+    return _Rounded(codes.to(torch.uint8), scales, zeros, g_idx)
+
+
+def _pack(rounded: _Rounded, spec: QuantSpec, options: SolverOptions) -> PackedWeight:
+    g_idx = rounded.g_idx.to(torch.int32)
+    trivial = torch.equal(g_idx, trivial_g_idx(len(g_idx), spec.group_size, g_idx.device))
+    return pack_weight(
+        rounded.codes,
+        rounded.scales,
+        rounded.zeros,
+        None if trivial else g_idx,
+        spec,
+        options.checkpoint_format or ("gptq" if spec.sym else "gptq_v2"),
+    )
+
+
+def _relative_energy(error: Tensor, weight: Tensor, H: Tensor) -> float:
+    """tr(E^T H E) / tr(W^T H W)."""
+    size = float((H @ weight).mul_(weight).sum(dtype=torch.float64))
+    return float((H @ error).mul_(error).sum(dtype=torch.float64)) / size if size > 0 else 0.0

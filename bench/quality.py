@@ -110,14 +110,15 @@ def main() -> None:
     if options.out.exists():
         result["rows"] = json.loads(options.out.read_text())["rows"]
     rows = {row["label"]: row for row in result.setdefault("rows", [])}
-    todo = {"full precision": None, **methods()}
+    todo: dict[str, tuple | None] = {"full precision": None, **methods()}
     for label, job in todo.items():
         if label in rows or (options.only and label not in options.only):
             continue
         model, reports, started = copy.deepcopy(full), [], time.perf_counter()
         if job is not None:
             how, config = job
-            reports = quantize_model(model, calibration, config, method=how)
+            # rounding needs no calibration: one segment, for its report
+            reports = quantize_model(model, calibration if how == "gptq" else calibration[:1], config, method=how)
         seconds = time.perf_counter() - started
         row = {"label": label, "seconds": round(seconds, 1), "reference": REFERENCE.get(label)}
         for name, segments in texts.items():

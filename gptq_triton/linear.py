@@ -127,6 +127,7 @@ class QuantLinear(nn.Module):
             self.checkpoint_format,
         )
 
+    @torch.no_grad()
     def pack(self, linear: nn.Module, scales: Tensor, zeros: Tensor, g_idx: Tensor | None = None) -> None:
         """Take over a layer's weight and bias, rounded to the given grid.
 
@@ -140,7 +141,7 @@ class QuantLinear(nn.Module):
             ValueError: A shape or value does not fit.
             TypeError: ``linear`` is not a layer that can be packed.
         """
-        weight = weight_of(linear).detach()
+        weight = weight_of(linear)
         groups = self.spec.groups(self.infeatures)
         if tuple(weight.shape) != (self.outfeatures, self.infeatures):
             raise ValueError(
@@ -163,7 +164,7 @@ class QuantLinear(nn.Module):
         codes = encode(weight.t().to(wide), stored.to(wide)[rows], zeros.to(wide)[rows], self.spec.maxq)
         packed = pack_weight(codes, stored, zeros, rows, self.spec, self.checkpoint_format)
         bias = getattr(linear, "bias", None)
-        self._adopt(packed, None if bias is None else bias.detach().to(self.scales.dtype, copy=True))
+        self._adopt(packed, None if bias is None else bias.to(self.scales.dtype, copy=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear map, fp32-accumulated.

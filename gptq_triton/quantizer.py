@@ -137,6 +137,7 @@ class Quantizer(nn.Module):
         self.grid = grid
         self.maxshrink = maxshrink
 
+    @torch.no_grad()
     def find_params(self, x: Tensor, weight: bool = False) -> None:
         """Set ``scale`` and ``zero`` from data.
 

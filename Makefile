@@ -21,7 +21,7 @@ lint: $(STAMPS)/dev
 	$(RUN)/lint-imports
 
 test-gpu: $(STAMPS)/dev  ## the tests that need a GPU
-	$(RUN)/python -m pytest -q -m gpu
+	$(RUN)/python bench/gpu_tests.py
 
 bench-quality: $(STAMPS)/demo  ## perplexity and KL of every method (an hour on 2 cores)
 	$(RUN)/python bench/quality.py

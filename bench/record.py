@@ -1,4 +1,7 @@
-"""What every result file says about where it came from."""
+"""What every result file says about where it came from.
+
+Where the tree travelled without its git folder, the environment variable COMMIT names what was measured.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ def provenance(method: str) -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": os.environ.get("COMMIT") or _run("git", "rev-parse", "HEAD"),
+        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
         "gpu": gpu,
+        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -39,6 +43,17 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(fresh, path)
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True)
+def folder() -> Path:
+    """Where results of this machine go: ``bench/results/<gpu or cpu>``."""
+    if not torch.cuda.is_available():
+        return RESULTS / "cpu"
+    return RESULTS / torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "-")
+
+
+def _run(*command: str) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()

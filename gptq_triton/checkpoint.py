@@ -6,13 +6,17 @@ The folder is what Hugging Face and other GPTQ readers expect: sharded safetenso
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
 import os
+import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import QuantizeConfig
+from .experts import match_checkpoint
 from .linear import QuantLinear, make_quant
 from .packing import PackedWeight, check_g_idx, symmetric_format, trivial_g_idx, words
 from .spec import BITS, QuantSpec
@@ -54,22 +59,41 @@ def save_quantized(
         max_shard_size: Largest size of one file.
 
     Raises:
-        ValueError: The model is not quantized, or ``folder`` is something that must not be replaced.
+        ValueError: The model is not quantized, a layer has no place in a checkpoint, or ``folder`` is
+            something that must not be replaced.
     """
     fields = getattr(model.config, "quantization_config", None)
-    if not isinstance(fields, Mapping) or not any(isinstance(m, QuantLinear) for m in model.modules()):
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    if not isinstance(fields, Mapping) or not layers:
         raise ValueError("model holds no quantized layers; run quantize_model first")
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
-        raise ValueError(f"folder {folder} exists and is not a model folder; it is left alone")
-    formats = {m.checkpoint_format for m in model.modules() if isinstance(m, QuantLinear)}
-    if formats != {fields["checkpoint_format"]}:
-        raise ValueError(f"layers are stored as {sorted(formats)}, the config says {fields['checkpoint_format']!r}")
+    folder = check_target(folder)
+    label = fields.get("checkpoint_format", "gptq")
+    formats = {layer.checkpoint_format for layer in layers.values()}
+    if formats != {label}:
+        raise ValueError(f"layers are stored as {sorted(formats)}, the config says {label!r}")
+    for name, layer in layers.items():
+        if layer.infeatures * layer.bits % 32 or layer.outfeatures * layer.bits % 32:
+            raise ValueError(
+                f"{name} has {layer.infeatures} inputs and {layer.outfeatures} outputs, "
+                f"which do not fill whole words of {layer.bits}-bit codes: no checkpoint can hold it"
+            )
     with _replacing(folder) as fresh:
         model.save_pretrained(fresh, max_shard_size=max_shard_size)
         (fresh / "quantize_config.json").write_text(json.dumps(dict(fields), indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+
+
+def check_target(folder: str | Path) -> Path:
+    """The absolute path of a folder that :func:`save_quantized` may write or replace.
+
+    Raises:
+        ValueError: It exists and is neither empty nor a model folder.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
+        raise ValueError(f"folder {folder} exists and is not a model folder; it is left alone")
+    return folder
 
 
 def load_quantized(
@@ -95,15 +119,16 @@ def load_quantized(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     folder = Path(folder)
-    config: Any = AutoConfig.from_pretrained(folder)
     quantization = read_config(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
     where = shards(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wrong_label = _fill(model, where, quantization, device)
+    with _open_files(where) as files:
+        wrong_label = _fill(model, where, files, quantization, device)
     if wrong_label:
         logger.warning(
             "%s says checkpoint_format %r, but the zero points of %d symmetric layers are stored the other way "
@@ -113,6 +138,9 @@ def load_quantized(
             len(wrong_label),
             wrong_label[0],
         )
+        found = {layer.checkpoint_format for layer in model.modules() if isinstance(layer, QuantLinear)}
+        if len(found) == 1:
+            quantization = dataclasses.replace(quantization, checkpoint_format=found.pop())
     model.tie_weights()
     left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     if left:
@@ -141,14 +169,20 @@ def load_quant(
         The model, in eval mode.
 
     Raises:
-        ValueError: The file holds no quantized layers, or not those of this model.
+        ValueError: The file is not readable as tensors, or holds no quantized layers, or not those of
+            this model.
         RuntimeError: Tensors are missing, surplus or misshapen (as ``load_state_dict`` says it).
     """
     path = Path(checkpoint)
     if path.suffix == ".safetensors":
         tensors, _ = read_tensors(path)
     else:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(f"{path} is not a file of tensors alone: {error}") from None
+        if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+            raise ValueError(f"{path} must hold one dict of names to tensors")
     names = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
     if not names:
         raise ValueError(f"{path} holds no quantized layers (no key ends in .qweight)")
@@ -215,11 +249,15 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
     config = read_config(folder)
     where = shards(folder)
     layers, findings = [], []
-    for name in sorted(key.removesuffix(".qweight") for key in where if key.endswith(".qweight")):
-        try:
-            layers.append(_inspect_layer(name, where, config))
-        except ValueError as error:
-            findings.append(f"{name}: {error}")
+    names = sorted(key.removesuffix(".qweight") for key in where if key.endswith(".qweight"))
+    if not names:
+        raise ValueError(f"{folder} holds no quantized layers (no tensor ends in .qweight)")
+    with _open_files(where) as files:
+        for name in names:
+            try:
+                layers.append(_inspect_layer(name, files, config))
+            except ValueError as error:
+                findings.append(f"{name}: {error}")
     told = {"gptq": "v1", "gptq_v2": "v2"}[config.checkpoint_format]
     wrong = [layer.name for layer in layers if layer.dialect != told]
     if wrong:
@@ -249,7 +287,12 @@ def read_config(folder: Path) -> QuantizeConfig:
                 content = json.loads((folder / name).read_text())
             except ValueError as error:
                 raise ValueError(f"{folder / name} is not valid JSON: {error}") from None
-            fields |= (content.get("quantization_config") or {}) if name == "config.json" else content
+            if not isinstance(content, dict):
+                raise ValueError(f"{folder / name} must hold a JSON object, got {content!r}")
+            own = (content.get("quantization_config") or {}) if name == "config.json" else content
+            if not isinstance(own, dict):
+                raise ValueError(f"quantization_config in {folder / name} must be a JSON object, got {own!r}")
+            fields |= own
     if not fields:
         raise ValueError(f"{folder} has no quantization_config in config.json and no quantize_config.json")
     return QuantizeConfig.from_dict(fields)
@@ -264,12 +307,14 @@ def shards(folder: Path) -> dict[str, Path]:
     if (folder / INDEX).exists():
         try:
             names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / INDEX} is not a shard index: {error!r}") from None
         for name in names:
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or name == "..":
                 raise ValueError(f"{folder / INDEX} names {name!r}, which is not a file of this folder")
         files = [folder / name for name in sorted(names)]
+    elif (folder / "model.safetensors").exists():  # others beside it are of another making, as LoRA adapters
+        files = [folder / "model.safetensors"]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -302,46 +347,69 @@ def atomic_write(path: Path, text: str) -> None:
         fresh.write_text(text)
 
 
-def _fill(model: nn.Module, where: Mapping[str, Path], config: QuantizeConfig, device: torch.device) -> list[str]:
+def _fill(
+    model: nn.Module,
+    where: Mapping[str, Path],
+    files: Mapping[str, Any],
+    config: QuantizeConfig,
+    device: torch.device,
+) -> list[str]:
     """Put every tensor of the files into the model; returns the layers whose label was wrong."""
     quantized = [key.removesuffix(".qweight") for key in where if key.endswith(".qweight")]
     if not quantized:
         raise ValueError("the checkpoint holds no quantized layers (no tensor ends in .qweight)")
-    for name in quantized:
-        own = config.for_module(name) or config
-        make_quant(model, [name], own.bits, own.group_size, device="meta", checkpoint_format=config.checkpoint_format)
+    place = match_checkpoint(model, where)
+    layers = {name: place[f"{name}.qweight"].removesuffix(".qweight") for name in quantized}
+    kinds: dict[tuple[int, int], list[str]] = {}
+    sym: dict[str, bool] = {}
+    for name, own_name in layers.items():
+        rules = (config.for_module(name), config.for_module(own_name))  # a rule may be about either name
+        own = next((rule for rule in rules if rule not in (None, config)), config)
+        kinds.setdefault((own.bits, own.group_size), []).append(own_name)
+        sym[name] = own.sym
+    for (bits, group_size), names in kinds.items():
+        make_quant(model, names, bits, group_size, device="meta", checkpoint_format=config.checkpoint_format)
     wrong_label = []
-    for name in quantized:
-        layer = cast("QuantLinear", model.get_submodule(name))
-        tensors = {part: _read(where, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in where}
+    for name, own_name in layers.items():
+        layer = cast("QuantLinear", model.get_submodule(own_name))
+        tensors = {part: _read(files, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in where}
         if layer.bias is not None and "bias" not in tensors:
             raise ValueError(f"{name}.bias is missing")
         try:
             layer.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{name}: {error}") from None
+        if not sym[name]:  # its zero points prove nothing
+            layer.checkpoint_format = config.checkpoint_format
         layer.to(device)
         if layer.checkpoint_format != config.checkpoint_format:
             wrong_label.append(name)
-    rest = [key for key in where if key.rpartition(".")[0] not in quantized]
+    parts = {f"{name}.{part}" for name in layers for part in PARTS}
     expected = model.state_dict(keep_vars=True)
-    for key in rest:
-        if key not in expected:
+    stale = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | {r"rotary_emb\.inv_freq$"}
+    for key in where:
+        if key in parts:
+            continue
+        if place[key] not in expected:
+            if any(re.search(pattern, key) for pattern in stale):
+                continue
             raise ValueError(f"{where[key].name} holds {key}, which the model has no place for")
-        tensor, slot = _read(where, key), expected[key]
+        tensor, slot = _read(files, key), expected[place[key]]
         if tensor.shape != slot.shape:
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}, the model needs {tuple(slot.shape)}")
-        owner, _, leaf = key.rpartition(".")
+        owner, _, leaf = place[key].rpartition(".")
         tensor = tensor.to(device, slot.dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor) if isinstance(slot, nn.Parameter) else tensor)
     return wrong_label
 
 
-def _inspect_layer(name: str, where: Mapping[str, Path], config: QuantizeConfig) -> LayerInfo:
-    shapes = {part: _shape(where, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in where}
+def _inspect_layer(name: str, files: Mapping[str, Any], config: QuantizeConfig) -> LayerInfo:
+    shapes = {part: _shape(files, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in files}
     for part in PARTS[:3]:
         if part not in shapes:
             raise ValueError(f"{part} is missing")
+        if len(shapes[part]) != 2:
+            raise ValueError(f"{part} must be a matrix, got shape {tuple(shapes[part])}")
     own = config.for_module(name) or config
     rows, N = shapes["qweight"]
     bits = own.bits
@@ -350,14 +418,14 @@ def _inspect_layer(name: str, where: Mapping[str, Path], config: QuantizeConfig)
         told = [b for b in BITS if words(K, b) == rows]
         raise ValueError(f"config says {bits} bits, but {rows} words for {K} inputs mean {told or 'none'}")
     spec = QuantSpec(bits, own.group_size, own.sym, own.desc_act)
-    g_idx = _read(where, f"{name}.g_idx").to(torch.int32) if "g_idx" in shapes else None
+    g_idx = _read(files, f"{name}.g_idx").clamp(-1, 2**31 - 1).to(torch.int32) if "g_idx" in shapes else None
     if g_idx is not None:
         check_g_idx(g_idx, K, spec.groups(K))
-    qzeros = _read(where, f"{name}.qzeros")
+    qzeros = _read(files, f"{name}.qzeros")
     if tuple(qzeros.shape) != (spec.groups(K), words(N, bits)):
         raise ValueError(f"qzeros has shape {tuple(qzeros.shape)}, needs {(spec.groups(K), words(N, bits))}")
     empty = torch.empty(0, N, dtype=torch.int32)
-    proven = symmetric_format(PackedWeight(empty, empty, qzeros, None, spec, K))
+    proven = symmetric_format(PackedWeight(empty, empty, qzeros, None, spec, K)) if own.sym else None
     return LayerInfo(
         name=name,
         bits=bits,
@@ -367,25 +435,32 @@ def _inspect_layer(name: str, where: Mapping[str, Path], config: QuantizeConfig)
         act_order=g_idx is not None and not torch.equal(g_idx, trivial_g_idx(K, own.group_size)),
         dialect={"gptq": "v1", "gptq_v2": "v2"}[proven or config.checkpoint_format],
         evidence="tensors" if proven else "label",
-        bytes=sum(_bytes(where, f"{name}.{part}") for part in shapes),
+        bytes=sum(_bytes(files, f"{name}.{part}") for part in shapes),
     )
 
 
-def _read(where: Mapping[str, Path], key: str) -> Tensor:
-    with _opened(where[key]) as file:
-        return file.get_tensor(key)
+@contextmanager
+def _open_files(where: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """Tensor name to the open file that holds it. Opening reads the names of all tensors, so it is done once."""
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(_opened(path)) for path in sorted(set(where.values()))}
+        yield {key: files[path] for key, path in where.items()}
 
 
-def _shape(where: Mapping[str, Path], key: str) -> list[int]:
-    with _opened(where[key]) as file:
-        return file.get_slice(key).get_shape()
+def _read(files: Mapping[str, Any], key: str) -> Tensor:
+    return files[key].get_tensor(key)
 
 
-def _bytes(where: Mapping[str, Path], key: str) -> int:
-    with _opened(where[key]) as file:
-        part = file.get_slice(key)
-        size = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}[part.get_dtype()]
-        return size * int(torch.tensor(part.get_shape()).prod())
+def _shape(files: Mapping[str, Any], key: str) -> list[int]:
+    return files[key].get_slice(key).get_shape()
+
+
+def _bytes(files: Mapping[str, Any], key: str) -> int:
+    part = files[key].get_slice(key)
+    size = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}.get(part.get_dtype())
+    if size is None:
+        raise ValueError(f"{key} has dtype {part.get_dtype()}")
+    return size * math.prod(part.get_shape())
 
 
 @contextmanager
@@ -414,14 +489,15 @@ def _renamed(path: Path) -> Iterator[Path]:
 def _replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside the target, swapped in if all goes well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    fresh, old = beside / "new", beside / "old"
     try:
-        fresh.chmod(0o755)
+        fresh.mkdir()
         yield fresh
-        old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         if folder.exists():
             os.replace(folder, old)
         os.replace(fresh, folder)
-        shutil.rmtree(old)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        shutil.rmtree(beside, ignore_errors=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import atomic_write, read_tensors, save_tensors
 from .config import QuantizeConfig
+from .experts import Experts, ignoring, routers, skeleton, unfuse
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
 from .solver import Hessian, Solution, solve
@@ -99,7 +100,8 @@ def quantize_model(
     """Quantize every linear layer of a model's decoder blocks, in place.
 
     Blocks are solved in sequence, each on the outputs of the quantized blocks before it. The result
-    is a pure function of the arguments: no random number is drawn.
+    is a pure function of the arguments: no random number is drawn. Fused experts are taken apart into
+    linear layers first; routers stay in full precision.
 
     Args:
         model: A transformers causal LM whose blocks live in an nn.ModuleList, with floating weights.
@@ -119,7 +121,7 @@ def quantize_model(
 
     Raises:
         ValueError: The model has no blocks, calibration is empty, a layer's shape cannot be stored,
-            or workdir belongs to another run.
+            experts cannot be taken apart, or workdir belongs to another run.
     """
     from tqdm.auto import tqdm  # with transformers, whose models these are
 
@@ -129,6 +131,7 @@ def quantize_model(
     if method not in ("gptq", "rtn"):
         raise ValueError(f"method must be 'gptq' or 'rtn', got {method!r}")
     batches = as_batches(calibration)
+    unfuse(model, skip=lambda name: config.for_module(name) is None)
     blocks = decoder_blocks(model)
     plan = _plan(model, blocks, config)
     journal = _Journal(workdir, model, batches, config, method)
@@ -171,18 +174,22 @@ def estimate(
     model: nn.Module, calibration: Iterable[Any], config: QuantizeConfig, device: torch.device | str | None = None
 ) -> Estimate:
     """What :func:`quantize_model` will take with the same arguments."""
+    device = torch.device(device) if device is not None else default_device(model)
+    model = skeleton(model, skip=lambda name: config.for_module(name) is None)
     blocks = decoder_blocks(model)
     plan = _plan(model, blocks, config)
-    device = torch.device(device) if device is not None else default_device(model)
     batches = as_batches(calibration)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     packed = operations = 0
-    for target in plan.values():
+    top_k = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
+    for name, target in plan.items():
         (N, K), spec = target.shape, target.config.spec()
+        experts = model.get_submodule(".".join(name.split(".")[:-2]))
+        seen = tokens * (top_k or len(experts)) / len(experts) if isinstance(experts, Experts) else tokens
         scale_and_zero = 2 + spec.bits / 8
         packed += int(N * K * spec.bits / 8 + spec.groups(K) * N * scale_and_zero + 4 * K)
         # two forward passes, the Hessian (an upper bound: siblings share one), solving, three energies
-        operations += 2 * tokens * K * (2 * N + K) + 8 * N * K * K + 2 * K**3
+        operations += 2 * seen * K * (2 * N + K) + 8 * N * K * K + 2 * K**3
     sizes = {name: sum(p.numel() * p.element_size() for p in block.parameters()) for name, block in blocks.items()}
     hessians = {name: sum(4 * t.shape[1] ** 2 for n, t in plan.items() if n.startswith(name + ".")) for name in blocks}
     weight = next(iter(plan.values())).layer.weight
@@ -243,10 +250,10 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
 
 def _plan(model: nn.Module, blocks: Mapping[str, nn.Module], config: QuantizeConfig) -> dict[str, _Target]:
     """Full name to target, for every layer of the blocks that the rules do not leave alone."""
-    plan = {}
+    plan, left = {}, routers(model)
     for block_name, block in blocks.items():
         for name, layer in find_layers(block, name=block_name).items():
-            own = None if isinstance(layer, nn.Conv2d) else config.for_module(name)
+            own = None if isinstance(layer, nn.Conv2d) or name in left else config.for_module(name)
             if own is not None:
                 plan[name] = _Target(layer, own)
     if not plan:
@@ -318,12 +325,13 @@ def _capture(
 
 def _runner(
     block: nn.Module, hidden: list[Tensor], calls: list[tuple[tuple, dict]], device: torch.device
-) -> Callable[[int], Tensor]:
-    """Batch number to the block's output for it."""
+) -> Callable[..., Tensor]:
+    """Batch number to the block's output for it; with a mask, experts see only the tokens it keeps."""
 
-    def run(batch: int) -> Tensor:
+    def run(batch: int, mask: Tensor | None = None) -> Tensor:
         args, kwargs = calls[batch]
-        out = block(hidden[batch], *_to(args, device), **_to(kwargs, device))
+        with ignoring(block, mask):
+            out = block(hidden[batch], *_to(args, device), **_to(kwargs, device))
         return out[0] if isinstance(out, tuple) else out
 
     return run
@@ -331,7 +339,7 @@ def _runner(
 
 def _solve_block(
     targets: Mapping[str, _Target],
-    run: Callable[[int], Tensor],
+    run: Callable[..., Tensor],
     masks: list[Tensor | None],
     config: QuantizeConfig,
     method: Literal["gptq", "rtn"],
@@ -366,7 +374,7 @@ class _Observer:
         self._hessians: dict[str, Hessian] = {}
         self._inputs: dict[int, tuple[Tensor, str]] = {}  # of the forward pass under way
 
-    def watch(self, run: Callable[[int], Tensor], masks: list[Tensor | None]) -> None:
+    def watch(self, run: Callable[..., Tensor], masks: list[Tensor | None]) -> None:
         """Run every batch and count what the layers are given."""
         for batch, mask in enumerate(masks):
             with ExitStack() as hooks:
@@ -376,7 +384,7 @@ class _Observer:
                         self._see(name, args[0], mask)
 
                     hooks.callback(layer.register_forward_pre_hook(see).remove)
-                run(batch)
+                run(batch, mask)
             self._inputs.clear()
 
     def hessian(self, name: str) -> Hessian:
@@ -404,11 +412,15 @@ class _Observer:
         if self.leader.setdefault(name, leader) != leader:
             raise ValueError(f"{name} shares its input with {self.leader[name]} in one batch and not in another")
         if leader == name:
-            rows = x[mask] if mask is not None and x.shape[:2] == mask.shape else x
-            self._hessians.setdefault(name, Hessian(x.shape[-1], x.device)).add(rows)
+            rows = x
+            if mask is not None and x.shape[:-1].numel() == mask.numel():
+                rows = x.flatten(0, -2)[mask.flatten()]
+            if name not in self._hessians:
+                self._hessians[name] = Hessian(x.shape[-1], x.device)
+            self._hessians[name].add(rows)
 
 
-def _stages(targets: Mapping[str, _Target], run: Callable[[int], Tensor]) -> list[list[str]]:
+def _stages(targets: Mapping[str, _Target], run: Callable[..., Tensor]) -> list[list[str]]:
     """Layers of a block in the order they run, those with one input in one stage."""
     order: dict[int, list[str]] = {}
     alive: list[Tensor] = []
@@ -487,6 +499,7 @@ class _Journal:
             layer = QuantLinear(bits, group_size, K, N, device="meta", checkpoint_format=checkpoint_format)
             own = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
             layer.load_state_dict(own, assign=True)
+            layer.checkpoint_format = checkpoint_format  # known here, whatever the zero points look like
             packed[name] = layer
         return packed, [LayerReport(**report) for report in json.loads(about["reports"])]
 

@@ -39,8 +39,8 @@ _HALF = (
     (None, Plan("matmul", 128, 128, 64, 8, 3)),
 )
 _FLOAT = (
-    (16, Plan("matmul", 16, 32, 64, 4, 3)),
-    (None, Plan("matmul", 64, 64, 32, 8, 2)),
+    (16, Plan("matmul", 16, 32, 32, 4, 3)),
+    (None, Plan("matmul", 64, 64, 16, 8, 3)),
 )
 _HALF_TRANSPOSED = (
     (16, Plan("matmul_transposed", 16, 64, 32, 4, 4)),
@@ -49,7 +49,7 @@ _HALF_TRANSPOSED = (
 )
 _FLOAT_TRANSPOSED = (
     (16, Plan("matmul_transposed", 16, 64, 32, 4, 3)),
-    (None, Plan("matmul_transposed", 64, 32, 64, 8, 2)),
+    (None, Plan("matmul_transposed", 64, 16, 32, 8, 2)),
 )
 
 
@@ -77,19 +77,16 @@ def choose(M: int, N: int, K: int, spec: QuantSpec, dtype: torch.dtype, arch: st
         table = _FLOAT_TRANSPOSED if transposed else _FLOAT
     else:
         table = _HALF_TRANSPOSED if transposed else _HALF
-    plan = next(plan for limit, plan in table if limit is None or limit >= M)
     rows = spec.rows_per_group(K)
-    if not spec.desc_act and rows < K:
-        # a tile inside one group loads scale and zero point once
-        whole = min(plan.block_k, rows & -rows)
-        if whole >= SMALLEST_BLOCK_K:
-            plan = replace(plan, block_k=whole)
-    if spec.desc_act or (rows < K and rows % plan.block_k):
-        # scale and zero point per element: as many bytes in flight as x and W together
-        plan = replace(
-            plan, block_m=min(plan.block_m, 64), block_n=min(plan.block_n, 64), block_k=min(plan.block_k, 64)
-        )
+    whole = rows & -rows  # the tallest tile that never straddles groups
+    scattered = spec.desc_act or (rows < K and whole < SMALLEST_BLOCK_K)
+    plan = next(plan for limit, plan in table if limit is None or limit >= (min(M, 64) if scattered else M))
+    if scattered:
+        # a scale and a zero point per element: registers and shared memory hold less of the rest
+        plan = replace(plan, block_k=min(plan.block_k, 32), num_stages=2)
+    elif rows < K:
+        plan = replace(plan, block_k=min(plan.block_k, whole))
     if arch.startswith("gfx"):
-        # 64 KiB of shared memory, and loads are kept in registers instead
+        # 64 KiB of shared memory, and loads wait in registers instead
         plan = replace(plan, num_stages=min(plan.num_stages, 2))
     return plan

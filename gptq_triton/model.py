@@ -158,7 +158,8 @@ def quantize_model(
                 packed, found = done
                 for name, layer in packed.items():
                     weight_of(targets[name].layer).copy_(layer.to(device).dequantize(torch.float32))
-                hidden = [run(batch) for batch in range(len(batches))]
+                if index + 1 < len(blocks):
+                    hidden = [run(batch) for batch in range(len(batches))]
                 for name, layer in packed.items():
                     model.set_submodule(name, layer)
                 block.to(home)

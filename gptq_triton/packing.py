@@ -163,6 +163,8 @@ class PackedWeight:
         Raises:
             ValueError: A tensor does not have the shape, dtype, device or range it must have.
         """
+        if self.qweight.dim() != 2:
+            raise ValueError(f"qweight must be a matrix, got shape {tuple(self.qweight.shape)}")
         spec, K, N, G = self.spec, self.K, self.N, self.spec.groups(self.K)
         zero_offset(self.checkpoint_format)
         _expect("qweight", self.qweight, (torch.int32,), (words(K, spec.bits), N))

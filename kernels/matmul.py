@@ -131,8 +131,8 @@ def matmul(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=num_warps,  # pyright: ignore[reportCallIssue] an option of the launch
+        num_stages=num_stages,  # pyright: ignore[reportCallIssue]
     )
 
 

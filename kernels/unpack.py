@@ -9,6 +9,9 @@ Only shifts and masks: the same text runs on every target and in the interpreter
 Source: the checkpoint format of GPTQ-for-LLaMa and AutoGPTQ.
 """
 
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# (only Triton's compiler knows that a constexpr is an int here)
+
 import triton
 import triton.language as tl
 

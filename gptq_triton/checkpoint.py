@@ -77,9 +77,11 @@ def save_quantized(
                 f"{name} has {layer.infeatures} inputs and {layer.outfeatures} outputs, "
                 f"which do not fill whole words of {layer.bits}-bit codes: no checkpoint can hold it"
             )
+    about: Any = model.config
+    about.quantization_config = fields = {**fields, "desc_act": any(layer.act_order for layer in layers.values())}
     with _replacing(folder) as fresh:
         model.save_pretrained(fresh, max_shard_size=max_shard_size)
-        (fresh / "quantize_config.json").write_text(json.dumps(dict(fields), indent=2, sort_keys=True) + "\n")
+        (fresh / "quantize_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
 
@@ -88,9 +90,11 @@ def check_target(folder: str | Path) -> Path:
     """The absolute path of a folder that :func:`save_quantized` may write or replace.
 
     Raises:
-        ValueError: It exists and is neither empty nor a model folder.
+        ValueError: It exists and is neither empty nor a model folder, or is the working directory.
     """
     folder = Path(folder).resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"folder {folder} is the working directory, which cannot be replaced; name another")
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
         raise ValueError(f"folder {folder} exists and is not a model folder; it is left alone")
     return folder
@@ -142,6 +146,9 @@ def load_quantized(
         if len(found) == 1:
             quantization = dataclasses.replace(quantization, checkpoint_format=found.pop())
     model.tie_weights()
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            layer._parameters.pop("weight", None)  # the embedding's, tied to a quantized head
     left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     if left:
         raise ValueError(f"{folder} lacks {len(left)} tensors the model needs: {', '.join(left[:5])}")
@@ -179,8 +186,8 @@ def load_quant(
     else:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(f"{path} is not a file of tensors alone: {error}") from None
+        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is not a readable file of tensors alone: {error}") from None
         if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
             raise ValueError(f"{path} must hold one dict of names to tensors")
     names = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
@@ -310,7 +317,7 @@ def shards(folder: Path) -> dict[str, Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / INDEX} is not a shard index: {error!r}") from None
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name == "..":
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise ValueError(f"{folder / INDEX} names {name!r}, which is not a file of this folder")
         files = [folder / name for name in sorted(names)]
     elif (folder / "model.safetensors").exists():  # others beside it are of another making, as LoRA adapters
@@ -421,6 +428,8 @@ def _inspect_layer(name: str, files: Mapping[str, Any], config: QuantizeConfig) 
     g_idx = _read(files, f"{name}.g_idx").clamp(-1, 2**31 - 1).to(torch.int32) if "g_idx" in shapes else None
     if g_idx is not None:
         check_g_idx(g_idx, K, spec.groups(K))
+    if tuple(shapes["scales"]) != (spec.groups(K), N):
+        raise ValueError(f"scales has shape {tuple(shapes['scales'])}, needs {(spec.groups(K), N)}")
     qzeros = _read(files, f"{name}.qzeros")
     if tuple(qzeros.shape) != (spec.groups(K), words(N, bits)):
         raise ValueError(f"qzeros has shape {tuple(qzeros.shape)}, needs {(spec.groups(K), words(N, bits))}")
@@ -466,10 +475,11 @@ def _bytes(files: Mapping[str, Any], key: str) -> int:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, FileNotFoundError) as error:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    with opened as file:
+        yield file
 
 
 @contextmanager

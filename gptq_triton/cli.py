@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -23,7 +23,7 @@ from .spec import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error} (pip install 'gptq-triton[hf]'; the demo is `make demo`)", options.debug)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _fail(str(error), options.debug)
+    except KeyboardInterrupt:
+        _say("gptq-triton: interrupted")
+        return 130
     print(json.dumps(result, indent=2) if options.json else text)
     return 0
 
@@ -48,11 +51,16 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``gptq-triton quantize``: a floating model to a GPTQ folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .checkpoint import save_quantized
+    from .checkpoint import check_target, save_quantized
     from .evaluate import random_segments, tokenize
     from .model import estimate, quantize_model
 
-    dynamic = json.loads(options.dynamic) if options.dynamic else {}
+    if _is_quantized(options.model):
+        raise ValueError(f"{options.model} is quantized already")
+    out = check_target(options.out)
+    if Path(options.model).resolve().is_relative_to(out):
+        raise ValueError(f"{options.out} holds the model itself and would be replaced; name another folder")
+    _check_length("--length", options.length, options.model)
     config = QuantizeConfig(
         bits=options.bits,
         group_size=options.group_size,
@@ -62,7 +70,7 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         damp_percent=options.damp,
         true_sequential=options.true_sequential,
         mse=options.mse,
-        dynamic={**{f"-:{pattern}": {} for pattern in options.exclude}, **dynamic},
+        dynamic={f"-:{pattern}": {} for pattern in options.exclude} | (options.dynamic or {}),
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokens = tokenize(tokenizer, _read(options.calibration))
@@ -74,13 +82,13 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{ahead.peak_bytes / 1e9:.2f} GB on the device, {ahead.packed_bytes / 1e6:.0f} MB of packed weights"
     )
     started = time.perf_counter()
-    workdir = options.out.with_name(f".{options.out.name}.blocks")
+    workdir = out.with_name(f".{out.name}.blocks")
     reports = quantize_model(
         model, segments, config, device=options.device, workdir=workdir, progress=not options.quiet
     )
-    if model.dtype == torch.float32:
+    if model.dtype == torch.float32 and options.dtype is None:
         model.half()  # what is not quantized; scales already are float16
-    save_quantized(model, options.out, tokenizer)
+    save_quantized(model, out, tokenizer)
     _remove(workdir)
     seconds = time.perf_counter() - started
     lines = [f"{'layer':<44} {'method':<6} {'error':>9} {'RTN':>9}"]
@@ -100,6 +108,7 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from .evaluate import evaluate as measure
     from .evaluate import even_segments, tokenize
 
+    _check_length("--length", options.length, options.model)
     model, tokenizer = _load(options.model, options)
     reference = _load(options.reference, options)[0] if options.reference else None
     segments: list[Tensor] = even_segments(tokenize(tokenizer, _read(options.text)), options.length, options.segments)
@@ -113,7 +122,11 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``gptq-triton generate``: continue a prompt, greedily."""
     model, tokenizer = _load(options.model, options)
-    inputs: Any = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    encoded: Any = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}  # not token_type_ids
+    if not inputs["input_ids"].numel():
+        raise ValueError("--prompt must hold at least one token")
+    _check_length("--prompt and --tokens", inputs["input_ids"].shape[1] + options.tokens, options.model)
     started = time.perf_counter()
     tokens = model.generate(  # pyright: ignore[reportCallIssue]
         **inputs, max_new_tokens=options.tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
@@ -165,8 +178,14 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, "\n".join(lines)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End in one line, without the usage, which fills a screen."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gptq-triton",
         description="Quantize language models with GPTQ, and load, run and inspect GPTQ checkpoints.",
         epilog="Start with `gptq-triton demo`, or `gptq-triton COMMAND --help`.",
@@ -206,11 +225,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mse", action="store_true", help="clip ranges where that lowers the error")
     sub.add_argument("--damp", type=float, default=0.01, help="damping of the Hessian (default %(default)s)")
     sub.add_argument("--exclude", nargs="*", default=[], metavar="REGEX", help="modules to leave in full precision")
-    sub.add_argument("--dynamic", metavar="JSON", help='per-module rules: \'{".*down_proj": {"bits": 8}}\'')
-    sub.add_argument("--segments", type=int, default=128, help="calibration segments (default %(default)s)")
-    sub.add_argument("--length", type=int, default=2048, help="tokens in a segment (default %(default)s)")
+    sub.add_argument(
+        "--dynamic", type=_rules, metavar="JSON", help='per-module rules: \'{".*down_proj": {"bits": 8}}\''
+    )
+    sub.add_argument("--segments", type=_count, default=128, help="calibration segments (default %(default)s)")
+    sub.add_argument("--length", type=_count, default=2048, help="tokens in a segment (default %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="which segments (default %(default)s)")
     _device(sub)
+    _dtype(sub, "as saved; float16 for a float32 model")
 
     sub = command(
         evaluate,
@@ -221,15 +243,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="folder, quantized or not")
     sub.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="text files")
     sub.add_argument("--reference", help="full-precision model: adds KL divergence and top-1 agreement")
-    sub.add_argument("--segments", type=int, default=24, help="segments to measure (default %(default)s)")
-    sub.add_argument("--length", type=int, default=512, help="tokens in a segment (default %(default)s)")
+    sub.add_argument("--segments", type=_count, default=24, help="segments to measure (default %(default)s)")
+    sub.add_argument("--length", type=_count, default=512, help="tokens in a segment (default %(default)s)")
     _device(sub)
+    _dtype(sub, "as saved")
 
     sub = command(generate, "generate", "continue a prompt", 'generate ./llama-4bit --prompt "Once upon a time"')
     sub.add_argument("model", help="folder, quantized or not")
     sub.add_argument("--prompt", required=True)
-    sub.add_argument("--tokens", type=int, default=64, help="how many to add (default %(default)s)")
+    sub.add_argument("--tokens", type=_count, default=64, help="how many to add (default %(default)s)")
     _device(sub)
+    _dtype(sub, "as saved")
 
     sub = command(inspect, "inspect", "say what a GPTQ checkpoint is", "inspect ./llama-4bit")
     sub.add_argument("path", help="folder")
@@ -247,24 +271,66 @@ def _grid(sub: argparse.ArgumentParser) -> None:
 
 
 def _device(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", help="default: the GPU if there is one")
-    sub.add_argument("--dtype", choices=DTYPES, help="of what is not quantized (default: as saved)")
+    sub.add_argument("--device", type=_available, help="default: the GPU if there is one")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _dtype(sub: argparse.ArgumentParser, default: str) -> None:
+    sub.add_argument("--dtype", choices=DTYPES, help=f"of what is not quantized (default: {default})")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _rules(text: str) -> dict[str, Any]:
+    try:
+        rules = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
+    if not isinstance(rules, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return rules
+
+
+def _available(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device here: {error}") from None
+    return device
+
+
+def _config(folder: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    if not (Path(folder) / "config.json").exists():  # transformers would look for it on the internet
+        raise ValueError(f"{folder} is not a model folder: there is no {Path(folder) / 'config.json'}")
+    return AutoConfig.from_pretrained(folder)
+
+
+def _is_quantized(folder: str) -> bool:
+    return hasattr(_config(folder), "quantization_config") or (Path(folder) / "quantize_config.json").exists()
+
+
+def _check_length(option: str, length: int, folder: str) -> None:
+    positions = getattr(_config(folder).get_text_config(), "max_position_embeddings", None)
+    if positions and length > positions:
+        raise ValueError(f"{option}: {length} tokens are more than the {positions} positions of {folder}")
 
 
 def _load(folder: str, options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model, quantized or not, with its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .checkpoint import load_quantized
     from .model import default_device
 
-    quantized = (
-        hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
-        or (Path(folder) / "quantize_config.json").exists()
-    )
     dtype = DTYPES.get(options.dtype)
-    if quantized:
+    if _is_quantized(folder):
         model = load_quantized(folder, options.device, dtype)
     else:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
@@ -273,7 +339,13 @@ def _load(folder: str, options: argparse.Namespace) -> tuple[PreTrainedModel, Pr
 
 
 def _read(files: Sequence[Path]) -> str:
-    return "\n\n".join(path.read_text(encoding="utf-8") for path in files)
+    texts = []
+    for path in files:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    return "\n\n".join(texts)
 
 
 def _remove(workdir: Path) -> None:
@@ -289,7 +361,7 @@ def _say(text: str) -> None:
 def _fail(message: str, debug: bool) -> int:
     if debug:
         raise
-    _say(f"gptq-triton: error: {message}")
+    _say(f"gptq-triton: error: {' '.join(message.split())}")
     return 2
 
 

@@ -7,6 +7,7 @@ GPTQModel (``config.json: quantization_config``, ``dynamic``).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import torch
 from .packing import zero_offset
 from .solver import SolverOptions
 from .spec import QuantSpec
+
+logger = logging.getLogger(__name__)
 
 SYNONYMS = {
     "w_bit": "bits",
@@ -33,6 +36,7 @@ REFUSED_FORMATS = {
     "bitblas": "the BitBLAS kernel layout",
     "awq": "AWQ",
     "gemm": "AWQ",
+    "gemv": "AWQ",
 }
 
 
@@ -54,14 +58,15 @@ class QuantizeConfig:
         lm_head: Quantize the output head too.
         dynamic: Per-module rules, tried in order, as GPTQModel writes them: ``"-:regex"`` leaves the
             modules it matches alone; ``"regex"`` or ``"+:regex"`` overrides ``bits``, ``group_size``,
-            ``sym``, ``desc_act``, ... The regex is matched from the start of the module's full name.
+            ``sym``, ``desc_act``, ... The regex is matched from the start of the module's full name. A
+            field that cannot be overridden is kept and, with a warning, ignored.
         checkpoint_format: "gptq" (v1) or "gptq_v2"; default: v1 if symmetric, else v2, because v1 has
             no agreed way to store a zero point of 0.
         extra: Fields of a file that this class does not know, kept verbatim.
 
     Raises:
         ValueError: A field is out of range, or a rule is not a valid regex or override.
-        TypeError: ``bits`` or ``group_size`` is not an int.
+        TypeError: A field is not of its type.
     """
 
     bits: int = 4
@@ -80,18 +85,18 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         self.spec()
+        for name in ("sym", "desc_act", "static_groups", "group_aware", "true_sequential", "mse", "lm_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.damp_percent, (int, float)) or isinstance(self.damp_percent, bool):
+            raise TypeError(f"damp_percent must be a number, got {self.damp_percent!r}")
+        if not 0 < self.damp_percent <= 1:
+            raise ValueError(f"damp_percent must lie in (0, 1], got {self.damp_percent}")
+        self._check_dynamic()
         if not self.checkpoint_format:
-            rules_sym = all(rule.get("sym", True) for rule in self.dynamic.values())
+            rules_sym = all(rule.get("sym", True) for rule in self.dynamic.values() if rule)
             object.__setattr__(self, "checkpoint_format", "gptq" if self.sym and rules_sym else "gptq_v2")
         zero_offset(self.checkpoint_format)
-        self.solver_options()
-        for pattern, rule in self.dynamic.items():
-            try:
-                re.compile(pattern.removeprefix("-:").removeprefix("+:"))
-            except re.error as error:
-                raise ValueError(f"dynamic: {pattern!r} is not a valid regex: {error}") from None
-            if not pattern.startswith("-:"):
-                self._override(rule)
 
     @property
     def trivial(self) -> bool:
@@ -136,8 +141,12 @@ class QuantizeConfig:
             "pack_dtype": "int32",
         }
         if self.dynamic:
-            out["dynamic"] = {pattern: dict(rule) for pattern, rule in self.dynamic.items()}
-        out["meta"] = {**dict(out.get("meta") or {}), "group_aware": self.group_aware, "mse": self.mse}
+            out["dynamic"] = {pattern: dict(rule or {}) for pattern, rule in self.dynamic.items()}
+        if "format" in out:  # GPTQModel writes it under both names
+            out["format"] = self.checkpoint_format
+        meta = dict(out.get("meta") or {})
+        mse = meta["mse"] if "mse" in meta and bool(meta["mse"]) == self.mse else self.mse  # GPTQModel: the norm
+        out["meta"] = {**meta, "group_aware": self.group_aware, "mse": mse}
         return out
 
     @classmethod
@@ -146,41 +155,84 @@ class QuantizeConfig:
 
         Raises:
             ValueError: A field is missing or out of range, or the checkpoint is of another kind.
+            TypeError: A field is not of its type.
         """
-        found = dict(fields)
-        for old, new in SYNONYMS.items():
-            if old in found and new not in found:
-                found[new] = found.pop(old)
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"the quantization config must be a JSON object, got {fields!r}")
+        found = _canonical(fields)
         if "zero_point" in found and "sym" not in found:  # AWQ's word for "not symmetric"
             found["sym"] = not found.pop("zero_point")
         _refuse_other_kinds(found)
         if "bits" not in found:
             raise ValueError("the quantization config has no `bits`")
         meta = found.get("meta") or {}
+        if not isinstance(meta, Mapping):
+            raise TypeError(f"meta must be a JSON object, got {meta!r}")
+        meta = _canonical(meta)
         for name in ("static_groups", "group_aware", "mse", "true_sequential", "damp_percent"):
-            if name not in found and isinstance(meta, Mapping) and meta.get(name) is not None:
+            if name not in found and meta.get(name) is not None:
                 found[name] = meta[name]
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         own = {name: value for name, value in found.items() if name in known and value is not None}
         own.setdefault("checkpoint_format", "gptq")
-        if isinstance(own.get("mse"), (int, float)):
-            own["mse"] = bool(own["mse"])
         extra = {name: value for name, value in fields.items() if name not in known}
         return cls(**own, extra=extra)
 
+    def _check_dynamic(self) -> None:
+        if not isinstance(self.dynamic, Mapping):
+            raise TypeError(f"dynamic must map regexes to overrides, got {self.dynamic!r}")
+        for pattern, rule in self.dynamic.items():
+            try:
+                re.compile(pattern.removeprefix("-:").removeprefix("+:"))
+            except re.error as error:
+                raise ValueError(f"dynamic: {pattern!r} is not a valid regex: {error}") from None
+            if pattern.startswith("-:"):
+                continue
+            if not isinstance(rule, Mapping):
+                raise TypeError(f"dynamic: {pattern!r} must have an object of overrides, got {rule!r}")
+            try:
+                self._override(rule)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"dynamic: {pattern!r}: {error}") from None
+            ignored = [name for name in rule if SYNONYMS.get(name, name) not in _OVERRIDABLE]
+            if ignored:
+                logger.warning("dynamic: %r sets %s, which is ignored", pattern, ", ".join(ignored))
+
     def _override(self, rule: Mapping[str, Any]) -> QuantizeConfig:
-        allowed = {f.name for f in dataclasses.fields(self)} - {"dynamic", "checkpoint_format", "extra", "lm_head"}
-        known = {SYNONYMS.get(name, name): value for name, value in rule.items()}
-        return dataclasses.replace(self, dynamic={}, **{n: v for n, v in known.items() if n in allowed})
+        own = {name: value for name, value in _canonical(rule).items() if name in _OVERRIDABLE}
+        return dataclasses.replace(self, dynamic={}, **own)
+
+
+_OVERRIDABLE = {f.name for f in dataclasses.fields(QuantizeConfig)} - {
+    "dynamic",
+    "checkpoint_format",
+    "extra",
+    "lm_head",
+}
+
+
+def _canonical(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields under the names that QuantizeConfig has for them."""
+    found = dict(fields)
+    for old, new in SYNONYMS.items():
+        if old in found and new not in found:
+            found[new] = found.pop(old)
+    if isinstance(found.get("mse"), (int, float)):
+        found["mse"] = bool(found["mse"])
+    return found
 
 
 def _refuse_other_kinds(found: Mapping[str, Any]) -> None:
     if found.get("is_marlin_format"):
         raise ValueError("is_marlin_format is set: the weights are in the Marlin kernel layout, not GPTQ's")
-    for name in ("quant_method", "checkpoint_format"):
+    for name in ("quant_method", "checkpoint_format", "format"):
         value = str(found.get(name) or "gptq").lower()
         kind = next((text for key, text in REFUSED_FORMATS.items() if value.startswith(key)), None)
         if kind is not None or not value.startswith("gptq"):
             raise ValueError(f"{name} is {value!r}{f' ({kind})' if kind else ''}, which is not a GPTQ checkpoint")
+    version = str(found.get("version") or "").lower()  # AutoAWQ's word for its format
+    kind = next((text for key, text in REFUSED_FORMATS.items() if version.startswith(key)), None)
+    if kind is not None:
+        raise ValueError(f"version is {found['version']!r} ({kind}), which is not a GPTQ checkpoint")
     if str(found.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
         raise ValueError(f"pack_dtype must be int32, got {found['pack_dtype']!r}")

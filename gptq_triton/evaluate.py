@@ -81,10 +81,13 @@ def evaluate(
             KL and agreement are measured on as many segments as it covers.
 
     Raises:
-        ValueError: There is nothing to measure.
+        ValueError: There is nothing to measure, or the reference has another vocabulary or other segments.
     """
     if not segments:
         raise ValueError("segments must not be empty")
+    for segment in segments:
+        if segment.dim() != 1 or len(segment) < 2:
+            raise ValueError(f"a segment must be (S,) with S >= 2, got shape {tuple(segment.shape)}")
     loss = kl = agreed = compared = predicted = 0.0
     for index, segment in enumerate(segments):
         ours = log_probabilities(model, segment)
@@ -94,6 +97,10 @@ def evaluate(
         theirs = _reference(reference, index, segment)
         if theirs is not None:
             theirs = theirs.to(ours.device)
+            if theirs.shape != ours.shape:
+                raise ValueError(
+                    f"reference gives probabilities of shape {tuple(theirs.shape)}, the model of {tuple(ours.shape)}"
+                )
             kl += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
             agreed += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
             compared += len(target)
@@ -112,6 +119,8 @@ def _reference(reference: PreTrainedModel | Sequence[Tensor] | None, index: int,
 
 
 def _last(tokens: Tensor, length: int) -> int:
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
     if len(tokens) < length:
         raise ValueError(f"the text has {len(tokens)} tokens, fewer than one segment of {length}")
     return len(tokens) - length

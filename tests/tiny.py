@@ -17,7 +17,6 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -70,7 +69,7 @@ _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 ARCHITECTURES = tuple(_MODELS)
 
 
-def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny(name: str, seed: int = 0, **overrides: Any) -> Any:
     """A float32 model with random weights; the global random state is left as it was.
 
     Args:

@@ -1,7 +1,8 @@
 """GPTQ for PyTorch, whole: quantizer, solver, checkpoints and the Triton kernels that run them."""
 
-from .checkpoint import inspect_checkpoint, load_quant, load_quantized, save_quantized
+from .checkpoint import load_quant, load_quantized, save_quantized
 from .config import QuantizeConfig
+from .inspection import inspect_checkpoint
 from .layers import find_layers
 from .linear import QuantLinear, make_quant
 from .model import estimate, quantize_model

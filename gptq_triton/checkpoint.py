@@ -9,36 +9,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
-import os
 import pickle
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import QuantizeConfig
+from .config import QuantizeConfig, read_config
 from .experts import match_checkpoint
+from .files import check_target, open_files, read_tensor, read_tensors, replacing, shards
+from .inspection import PARTS
 from .linear import QuantLinear, make_quant
-from .packing import PackedWeight, check_g_idx, symmetric_format, trivial_g_idx, words
-from .spec import BITS, QuantSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-INDEX = "model.safetensors.index.json"
-PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
 def save_quantized(
@@ -79,25 +68,11 @@ def save_quantized(
             )
     about: Any = model.config
     about.quantization_config = fields = {**fields, "desc_act": any(layer.act_order for layer in layers.values())}
-    with _replacing(folder) as fresh:
+    with replacing(folder) as fresh:
         model.save_pretrained(fresh, max_shard_size=max_shard_size)
         (fresh / "quantize_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-
-
-def check_target(folder: str | Path) -> Path:
-    """The absolute path of a folder that :func:`save_quantized` may write or replace.
-
-    Raises:
-        ValueError: It exists and is neither empty nor a model folder, or is the working directory.
-    """
-    folder = Path(folder).resolve()
-    if Path.cwd().is_relative_to(folder):
-        raise ValueError(f"folder {folder} is the working directory, which cannot be replaced; name another")
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
-        raise ValueError(f"folder {folder} exists and is not a model folder; it is left alone")
-    return folder
 
 
 def load_quantized(
@@ -131,7 +106,7 @@ def load_quantized(
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _open_files(where) as files:
+    with open_files(where) as files:
         wrong_label = _fill(model, where, files, quantization, device)
     if wrong_label:
         logger.warning(
@@ -198,162 +173,6 @@ def load_quant(
     return model.eval()
 
 
-@dataclass(frozen=True)
-class LayerInfo:
-    """One quantized layer of a checkpoint.
-
-    Attributes:
-        name: Full module name.
-        bits: Width.
-        group_size: Rows per group; -1 for one group.
-        in_features: K.
-        out_features: N.
-        act_order: Whether g_idx says more than "groups in order".
-        dialect: "v1" or "v2".
-        evidence: Why: "tensors" (symmetric zero points prove it) or "label".
-        bytes: Size of its tensors.
-    """
-
-    name: str
-    bits: int
-    group_size: int
-    in_features: int
-    out_features: int
-    act_order: bool
-    dialect: str
-    evidence: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a checkpoint is.
-
-    Attributes:
-        path: The folder.
-        checkpoint_format: As labelled.
-        config: As read from its config files.
-        layers: The quantized layers.
-        bytes: Size of all tensor files.
-        findings: What looks wrong, one sentence each.
-    """
-
-    path: str
-    checkpoint_format: str
-    config: dict[str, Any]
-    layers: list[LayerInfo]
-    bytes: int
-    findings: list[str] = field(default_factory=list)
-
-
-def inspect_checkpoint(folder: str | Path) -> Inspection:
-    """Describe a GPTQ folder without building its model; reads headers, zero points and g_idx only.
-
-    Raises:
-        ValueError: There is no GPTQ checkpoint of a known format.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
-    where = shards(folder)
-    layers, findings = [], []
-    names = sorted(key.removesuffix(".qweight") for key in where if key.endswith(".qweight"))
-    if not names:
-        raise ValueError(f"{folder} holds no quantized layers (no tensor ends in .qweight)")
-    with _open_files(where) as files:
-        for name in names:
-            try:
-                layers.append(_inspect_layer(name, files, config))
-            except ValueError as error:
-                findings.append(f"{name}: {error}")
-    told = {"gptq": "v1", "gptq_v2": "v2"}[config.checkpoint_format]
-    wrong = [layer.name for layer in layers if layer.dialect != told]
-    if wrong:
-        findings.append(f"labelled {config.checkpoint_format!r}, but {len(wrong)} layers are stored the other way")
-    return Inspection(
-        path=str(folder),
-        checkpoint_format=config.checkpoint_format,
-        config=config.to_dict(),
-        layers=layers,
-        bytes=sum(path.stat().st_size for path in set(where.values())),
-        findings=findings,
-    )
-
-
-def read_config(folder: Path) -> QuantizeConfig:
-    """The quantization config of a folder, from ``config.json`` or ``quantize_config.json``.
-
-    Raises:
-        ValueError: Neither file has one, or it is not of a GPTQ checkpoint this package reads.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    fields: dict[str, Any] = {}
-    for name in ("quantize_config.json", "config.json"):  # the latter wins
-        if (folder / name).exists():
-            try:
-                content = json.loads((folder / name).read_text())
-            except ValueError as error:
-                raise ValueError(f"{folder / name} is not valid JSON: {error}") from None
-            if not isinstance(content, dict):
-                raise ValueError(f"{folder / name} must hold a JSON object, got {content!r}")
-            own = (content.get("quantization_config") or {}) if name == "config.json" else content
-            if not isinstance(own, dict):
-                raise ValueError(f"quantization_config in {folder / name} must be a JSON object, got {own!r}")
-            fields |= own
-    if not fields:
-        raise ValueError(f"{folder} has no quantization_config in config.json and no quantize_config.json")
-    return QuantizeConfig.from_dict(fields)
-
-
-def shards(folder: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it.
-
-    Raises:
-        ValueError: There is no safetensors file, one is malformed, or the index names a file outside.
-    """
-    if (folder / INDEX).exists():
-        try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is not a shard index: {error!r}") from None
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-                raise ValueError(f"{folder / INDEX} names {name!r}, which is not a file of this folder")
-        files = [folder / name for name in sorted(names)]
-    elif (folder / "model.safetensors").exists():  # others beside it are of another making, as LoRA adapters
-        files = [folder / "model.safetensors"]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no .safetensors file")
-    where: dict[str, Path] = {}
-    for path in files:
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                if key in where:
-                    raise ValueError(f"{key} is in both {where[key].name} and {path.name}")
-                where[key] = path
-    return where
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of one safetensors file."""
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file: the whole of it or nothing."""
-    with _renamed(path) as fresh:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, fresh, metadata=dict(metadata))
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Write one text file: the whole of it or nothing."""
-    with _renamed(path) as fresh:
-        fresh.write_text(text)
-
-
 def _fill(
     model: nn.Module,
     where: Mapping[str, Path],
@@ -379,7 +198,7 @@ def _fill(
     wrong_label = []
     for name, own_name in layers.items():
         layer = cast("QuantLinear", model.get_submodule(own_name))
-        tensors = {part: _read(files, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in where}
+        tensors = {part: read_tensor(files, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in where}
         if layer.bias is not None and "bias" not in tensors:
             raise ValueError(f"{name}.bias is missing")
         try:
@@ -401,113 +220,10 @@ def _fill(
             if any(re.search(pattern, key) for pattern in stale):
                 continue
             raise ValueError(f"{where[key].name} holds {key}, which the model has no place for")
-        tensor, slot = _read(files, key), expected[place[key]]
+        tensor, slot = read_tensor(files, key), expected[place[key]]
         if tensor.shape != slot.shape:
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}, the model needs {tuple(slot.shape)}")
         owner, _, leaf = place[key].rpartition(".")
         tensor = tensor.to(device, slot.dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor) if isinstance(slot, nn.Parameter) else tensor)
     return wrong_label
-
-
-def _inspect_layer(name: str, files: Mapping[str, Any], config: QuantizeConfig) -> LayerInfo:
-    shapes = {part: _shape(files, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in files}
-    for part in PARTS[:3]:
-        if part not in shapes:
-            raise ValueError(f"{part} is missing")
-        if len(shapes[part]) != 2:
-            raise ValueError(f"{part} must be a matrix, got shape {tuple(shapes[part])}")
-    own = config.for_module(name) or config
-    rows, N = shapes["qweight"]
-    bits = own.bits
-    K = shapes["g_idx"][0] if "g_idx" in shapes else rows * 32 // bits
-    if words(K, bits) != rows:
-        told = [b for b in BITS if words(K, b) == rows]
-        raise ValueError(f"config says {bits} bits, but {rows} words for {K} inputs mean {told or 'none'}")
-    spec = QuantSpec(bits, own.group_size, own.sym, own.desc_act)
-    g_idx = _read(files, f"{name}.g_idx").clamp(-1, 2**31 - 1).to(torch.int32) if "g_idx" in shapes else None
-    if g_idx is not None:
-        check_g_idx(g_idx, K, spec.groups(K))
-    if tuple(shapes["scales"]) != (spec.groups(K), N):
-        raise ValueError(f"scales has shape {tuple(shapes['scales'])}, needs {(spec.groups(K), N)}")
-    qzeros = _read(files, f"{name}.qzeros")
-    if tuple(qzeros.shape) != (spec.groups(K), words(N, bits)):
-        raise ValueError(f"qzeros has shape {tuple(qzeros.shape)}, needs {(spec.groups(K), words(N, bits))}")
-    empty = torch.empty(0, N, dtype=torch.int32)
-    proven = symmetric_format(PackedWeight(empty, empty, qzeros, None, spec, K)) if own.sym else None
-    return LayerInfo(
-        name=name,
-        bits=bits,
-        group_size=own.group_size,
-        in_features=K,
-        out_features=N,
-        act_order=g_idx is not None and not torch.equal(g_idx, trivial_g_idx(K, own.group_size)),
-        dialect={"gptq": "v1", "gptq_v2": "v2"}[proven or config.checkpoint_format],
-        evidence="tensors" if proven else "label",
-        bytes=sum(_bytes(files, f"{name}.{part}") for part in shapes),
-    )
-
-
-@contextmanager
-def _open_files(where: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    """Tensor name to the open file that holds it. Opening reads the names of all tensors, so it is done once."""
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(_opened(path)) for path in sorted(set(where.values()))}
-        yield {key: files[path] for key, path in where.items()}
-
-
-def _read(files: Mapping[str, Any], key: str) -> Tensor:
-    return files[key].get_tensor(key)
-
-
-def _shape(files: Mapping[str, Any], key: str) -> list[int]:
-    return files[key].get_slice(key).get_shape()
-
-
-def _bytes(files: Mapping[str, Any], key: str) -> int:
-    part = files[key].get_slice(key)
-    size = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}.get(part.get_dtype())
-    if size is None:
-        raise ValueError(f"{key} has dtype {part.get_dtype()}")
-    return size * math.prod(part.get_shape())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        opened = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    with opened as file:
-        yield file
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed to path if all goes well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    fresh = Path(name)
-    try:
-        yield fresh
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, swapped in if all goes well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    fresh, old = beside / "new", beside / "old"
-    try:
-        fresh.mkdir()
-        yield fresh
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(fresh, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(beside, ignore_errors=True)

@@ -51,8 +51,9 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``gptq-triton quantize``: a floating model to a GPTQ folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .checkpoint import check_target, save_quantized
+    from .checkpoint import save_quantized
     from .evaluate import random_segments, tokenize
+    from .files import check_target
     from .model import estimate, quantize_model
 
     if _is_quantized(options.model):
@@ -139,7 +140,7 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``gptq-triton inspect``: what a checkpoint is."""
-    from .checkpoint import inspect_checkpoint
+    from .inspection import inspect_checkpoint
 
     found = inspect_checkpoint(options.path)
     kinds: dict[tuple, int] = {}
@@ -327,7 +328,7 @@ def _load(folder: str, options: argparse.Namespace) -> tuple[PreTrainedModel, Pr
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .checkpoint import load_quantized
-    from .model import default_device
+    from .streaming import default_device
 
     dtype = DTYPES.get(options.dtype)
     if _is_quantized(folder):

@@ -7,10 +7,12 @@ GPTQModel (``config.json: quantization_config``, ``dynamic``).
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -220,6 +222,32 @@ def _canonical(fields: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(found.get("mse"), (int, float)):
         found["mse"] = bool(found["mse"])
     return found
+
+
+def read_config(folder: Path) -> QuantizeConfig:
+    """The quantization config of a folder, from ``config.json`` or ``quantize_config.json``.
+
+    Raises:
+        ValueError: Neither file has one, or it is not of a GPTQ checkpoint this package reads.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    fields: dict[str, Any] = {}
+    for name in ("quantize_config.json", "config.json"):  # the latter wins
+        if (folder / name).exists():
+            try:
+                content = json.loads((folder / name).read_text())
+            except ValueError as error:
+                raise ValueError(f"{folder / name} is not valid JSON: {error}") from None
+            if not isinstance(content, dict):
+                raise ValueError(f"{folder / name} must hold a JSON object, got {content!r}")
+            own = (content.get("quantization_config") or {}) if name == "config.json" else content
+            if not isinstance(own, dict):
+                raise ValueError(f"quantization_config in {folder / name} must be a JSON object, got {own!r}")
+            fields |= own
+    if not fields:
+        raise ValueError(f"{folder} has no quantization_config in config.json and no quantize_config.json")
+    return QuantizeConfig.from_dict(fields)
 
 
 def _refuse_other_kinds(found: Mapping[str, Any]) -> None:

@@ -19,7 +19,8 @@ import torch
 from .checkpoint import load_quantized, save_quantized
 from .config import QuantizeConfig
 from .evaluate import evaluate, even_segments, log_probabilities, random_segments, tokenize
-from .model import default_device, quantize_model
+from .model import quantize_model
+from .streaming import default_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable

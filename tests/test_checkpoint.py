@@ -24,8 +24,9 @@ from gptq_triton import (
     save_quantized,
 )
 from gptq_triton import checkpoint as checkpoint_module
-from gptq_triton.checkpoint import atomic_write, save_tensors
+from gptq_triton import files as files_module
 from gptq_triton.config import REFUSED_FORMATS
+from gptq_triton.files import atomic_write, save_tensors
 from gptq_triton.packing import pack_zeros, unpack_zeros
 from tests.tiny import ARCHITECTURES, batches, tiny, tokenizer
 from tests.vectors import CASES, load
@@ -581,8 +582,8 @@ KILLS = {
     "model": lambda patch, model, words: patch.setattr(model, "save_pretrained", die, raising=False),
     "config": lambda patch, model, words: patch.setattr(Path, "write_text", die),
     "tokenizer": lambda patch, model, words: patch.setattr(words, "save_pretrained", die, raising=False),
-    "first rename": lambda patch, model, words: patch.setattr(checkpoint_module.os, "replace", dies_at(1)),
-    "second rename": lambda patch, model, words: patch.setattr(checkpoint_module.os, "replace", dies_at(2)),
+    "first rename": lambda patch, model, words: patch.setattr(files_module.os, "replace", dies_at(1)),
+    "second rename": lambda patch, model, words: patch.setattr(files_module.os, "replace", dies_at(2)),
 }
 
 
@@ -681,7 +682,7 @@ def test_single_files_are_whole_or_absent(tmp_path, monkeypatch):
         lambda: atomic_write(path, "text"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint_module.os, "replace", die)
+            patch.setattr(files_module.os, "replace", die)
             with pytest.raises(KeyboardInterrupt):
                 write()
         assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from transformers import (
 
 from gptq_triton import QuantizeConfig, QuantLinear, estimate, load_quantized, quantize_model, save_quantized
 from gptq_triton.experts import Experts, is_fused, match_checkpoint, routers, skeleton, unfuse
-from gptq_triton.model import _Observer, _runner
+from gptq_triton.streaming import Observer, runner
 
 SIZES = {
     "vocab_size": 64,
@@ -301,9 +301,9 @@ def test_padding_does_not_reach_experts():
     mask[1, 20:] = False
 
     def seen(rows, mask):
-        observer = _Observer(layers)
+        observer = Observer(layers)
         with torch.no_grad():
-            observer.watch(_runner(block, [rows], [((), {})], torch.device("cpu")), [mask])
+            observer.watch(runner(block, [rows], [((), {})], torch.device("cpu")), [mask])
         return {name: observer.hessian(name) for name in layers}
 
     padded, plain = seen(x, mask), seen(x[mask][None], None)

@@ -9,11 +9,12 @@ from torch import nn
 
 from gptq_triton import QuantizeConfig, QuantLinear, estimate, quantize_model
 from gptq_triton import model as model_module
+from gptq_triton import streaming as streaming_module
 from gptq_triton.layers import find_layers
-from gptq_triton.model import as_batches, decoder_blocks
 from gptq_triton.packing import unpack
 from gptq_triton.reference import dequantize
 from gptq_triton.solver import Hessian, solve
+from gptq_triton.streaming import as_batches, decoder_blocks
 from tests.tiny import ARCHITECTURES, batches, tiny
 
 CONFIG = QuantizeConfig(bits=4, group_size=32, sym=False)
@@ -79,7 +80,7 @@ def test_siblings_share_one_hessian(monkeypatch):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(model_module, "Hessian", Counted)
+    monkeypatch.setattr(streaming_module, "Hessian", Counted)
     quantize_model(tiny("llama"), batches(), CONFIG, progress=False)
     assert len(made) == 2 * 4  # per block: q/k/v, o, gate/up, down
 

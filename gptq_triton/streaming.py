@@ -1,0 +1,205 @@
+"""Run a model block by block, and watch what its layers are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .experts import ignoring
+from .layers import find_layers, weight_of
+from .solver import Hessian
+
+Batch = dict[str, Tensor]  # input_ids (B, S) int64, and attention_mask (B, S) where tokens are padded
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Full name and module of each decoder block, in order.
+
+    Raises:
+        ValueError: No nn.ModuleList looks like a stack of blocks.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(text, "num_hidden_layers", None)
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and find_layers(m)}
+    stacks = {n: m for n, m in lists.items() if len(m) == depth} or lists
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers")
+    name = max(stacks, key=lambda n: sum(p.numel() for p in stacks[n].parameters()))
+    return {f"{name}.{i}": block for i, block in enumerate(stacks[name])}
+
+
+def default_device(model: nn.Module) -> torch.device:
+    """The GPU if there is one, else where the model is."""
+    return torch.device("cuda") if torch.cuda.is_available() else next(model.parameters()).device
+
+
+def as_batches(calibration: Iterable[Any]) -> list[Batch]:
+    """Calibration data as a list of batches.
+
+    Raises:
+        ValueError: There is none, or an item is not token ids.
+    """
+    batches = []
+    for item in calibration:
+        fields = item if isinstance(item, Mapping) else {"input_ids": item}
+        batch = {}
+        for name in ("input_ids", "attention_mask"):
+            if fields.get(name) is not None:
+                tensor = torch.as_tensor(fields[name]).long()
+                batch[name] = tensor[None] if tensor.dim() == 1 else tensor
+        if "input_ids" not in batch or batch["input_ids"].dim() != 2 or not batch["input_ids"].numel():
+            raise ValueError(f"calibration item {len(batches)} must be token ids (S,) or (B, S)")
+        batches.append(batch)
+    if not batches:
+        raise ValueError("calibration must hold at least one batch of token ids")
+    return batches
+
+
+class _Stop(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass once all it was run for is known."""
+
+
+def capture(
+    model: nn.Module, blocks: list[nn.Module], batches: list[Batch], device: torch.device
+) -> tuple[list[Tensor], list[list[tuple[tuple, dict]]]]:
+    """Run everything before the blocks; note how each block is called.
+
+    Returns:
+        The first block's hidden states per batch, and per block and batch the other arguments (masks
+        and position embeddings differ between kinds of blocks). Equal arguments are kept once.
+    """
+    hidden: list[Tensor] = []
+    calls: list[list[tuple[tuple, dict]]] = [[] for _ in blocks]
+    kept: list[Tensor] = []
+
+    def once(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            for old in kept:
+                if old is value or (old.shape == value.shape and old.dtype == value.dtype and torch.equal(old, value)):
+                    return old
+            kept.append(value)
+            return value
+        return type(value)(map(once, value)) if type(value) in (tuple, list) else value
+
+    def stub(index: int) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            if "hidden_states" in kwargs:
+                states = kwargs.pop("hidden_states")
+            else:
+                states, args = args[0], args[1:]
+            if index == 0:
+                hidden.append(states.to(device))
+            calls[index].append((tuple(map(once, args)), {key: once(value) for key, value in kwargs.items()}))
+            if index == len(blocks) - 1:
+                raise _Stop
+            return states
+
+        return forward
+
+    where = next(model.parameters()).device
+    with ExitStack() as undo:
+        for index, block in enumerate(blocks):
+            block.forward = stub(index)
+            undo.callback(delattr, block, "forward")
+        for batch in batches:
+            try:
+                model(**{name: tensor.to(where) for name, tensor in batch.items()}, use_cache=False)
+            except _Stop:
+                continue
+            raise ValueError(f"{type(model).__name__} does not run its blocks in order")
+    return hidden, calls
+
+
+def runner(
+    block: nn.Module, hidden: list[Tensor], calls: list[tuple[tuple, dict]], device: torch.device
+) -> Callable[..., Tensor]:
+    """Batch number to the block's output for it; with a mask, experts see only the tokens it keeps."""
+
+    def run(batch: int, mask: Tensor | None = None) -> Tensor:
+        args, kwargs = calls[batch]
+        with ignoring(block, mask):
+            out = block(hidden[batch], *_to(args, device), **_to(kwargs, device))
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+class Observer:
+    """Collects the Hessians of some layers; layers that are given the same tensor share one."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        self.layers = layers
+        self.leader: dict[str, str] = {}  # the layer whose Hessian a layer shares
+        self._hessians: dict[str, Hessian] = {}
+        self._inputs: dict[int, tuple[Tensor, str]] = {}  # of the forward pass under way
+
+    def watch(self, run: Callable[..., Tensor], masks: list[Tensor | None]) -> None:
+        """Run every batch and count what the layers are given."""
+        for batch, mask in enumerate(masks):
+            with ExitStack() as hooks:
+                for name, layer in self.layers.items():
+
+                    def see(_: nn.Module, args: tuple, name: str = name, mask: Tensor | None = mask) -> None:
+                        self._see(name, args[0], mask)
+
+                    hooks.callback(layer.register_forward_pre_hook(see).remove)
+                run(batch, mask)
+            self._inputs.clear()
+
+    def hessian(self, name: str) -> Hessian:
+        """What a layer was given; empty if it never ran."""
+        layer = self.layers[name]
+        weight = weight_of(layer)
+        return self._hessians.get(self.leader.get(name, name)) or Hessian(weight.shape[1], weight.device)
+
+    def groups(self, kinds: Mapping[str, Hashable]) -> list[list[str]]:
+        """Layers to solve together: same inputs, same kind."""
+        found: dict[Hashable, list[str]] = {}
+        for name, kind in kinds.items():
+            found.setdefault((self.leader.get(name, name), kind), []).append(name)
+        return list(found.values())
+
+    def _see(self, name: str, x: Tensor, mask: Tensor | None) -> None:
+        # holding x keeps its id from being reused during this pass
+        leader = self._inputs.setdefault(id(x), (x, name))[1]
+        if self.leader.setdefault(name, leader) != leader:
+            raise ValueError(f"{name} shares its input with {self.leader[name]} in one batch and not in another")
+        if leader == name:
+            rows = x
+            if mask is not None and x.shape[:-1].numel() == mask.numel():
+                rows = x.flatten(0, -2)[mask.flatten()]
+            if name not in self._hessians:
+                self._hessians[name] = Hessian(x.shape[-1], x.device)
+            self._hessians[name].add(rows)
+
+
+def stages(layers: Mapping[str, nn.Module], run: Callable[..., Tensor]) -> list[list[str]]:
+    """Layers of a block in the order they run, those with one input in one stage."""
+    order: dict[int, list[str]] = {}
+    alive: list[Tensor] = []
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+
+            def see(_: nn.Module, args: tuple, name: str = name) -> None:
+                alive.append(args[0])
+                order.setdefault(id(args[0]), []).append(name)
+
+            hooks.callback(layer.register_forward_pre_hook(see).remove)
+        run(0)
+    seen = [name for stage in order.values() for name in stage]
+    rest = [name for name in layers if name not in seen]
+    return [*order.values(), *([rest] if rest else [])]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Every tensor inside tuples, lists and dicts, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return type(value)(_to(item, device) for item in value) if type(value) in (tuple, list) else value

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,31 +33,64 @@ class Quality:
     tokens: int
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """The tokens of a text, int64 (T,), without special tokens."""
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]  # pyright: ignore
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A tokenized text.
+
+    Attributes:
+        tokens: int64 (T,), without special tokens.
+        start: int64 (0,) or (1,): the token that this tokenizer puts before every text (Llama, Gemma:
+            ``<bos>``), which each segment then starts with, because such models are lost without it.
+    """
+
+    tokens: Tensor
+    start: Tensor
+
+    def segment(self, first: int, length: int) -> Tensor:
+        """``length`` tokens, ``start`` among them, of the text from token ``first`` on."""
+        return torch.cat([self.start, self.tokens[first : first + length - len(self.start)]])
+
+    def last(self, length: int) -> int:
+        """Where the last possible segment starts.
+
+        Raises:
+            ValueError: The text is shorter than one segment, or the segment holds none of it.
+        """
+        if length <= len(self.start):
+            raise ValueError(f"length must be at least {1 + len(self.start)}, got {length}")
+        last = len(self.tokens) + len(self.start) - length
+        if last < 0:
+            raise ValueError(f"the text has {len(self.tokens)} tokens, fewer than one segment of {length}")
+        return last
 
 
-def random_segments(tokens: Tensor, length: int, count: int, seed: int) -> list[Tensor]:
-    """``count`` segments (length,) that start at random places of (T,).
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Text:
+    """A text as its tokenizer sees it."""
+    encode: Any = tokenizer
+    tokens = encode(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
+    start = [t for t in encode("")["input_ids"][:1] if t == tokenizer.bos_token_id]
+    return Text(tokens.long(), torch.tensor(start, dtype=torch.int64))
+
+
+def random_segments(text: Text, length: int, count: int, seed: int) -> list[Tensor]:
+    """``count`` segments (length,) that start at random places of a text.
 
     Raises:
         ValueError: The text is shorter than one segment.
     """
-    starts = random.Random(seed)
-    return [tokens[i : i + length] for i in (starts.randint(0, _last(tokens, length)) for _ in range(count))]
+    numbers, last = random.Random(seed), text.last(length)
+    return [text.segment(numbers.randint(0, last), length) for _ in range(count)]
 
 
-def even_segments(tokens: Tensor, length: int, count: int) -> list[Tensor]:
-    """``count`` segments (length,) evenly spaced over (T,); fewer if they would overlap.
+def even_segments(text: Text, length: int, count: int) -> list[Tensor]:
+    """``count`` segments (length,) evenly spaced over a text; fewer if they would overlap.
 
     Raises:
         ValueError: The text is shorter than one segment.
     """
-    last = _last(tokens, length)
-    count = min(count, len(tokens) // length)
-    starts = [round(i * last / max(count - 1, 1)) for i in range(count)]
-    return [tokens[i : i + length] for i in starts]
+    last = text.last(length)
+    count = min(count, max(1, len(text.tokens) // length))
+    return [text.segment(round(i * last / max(count - 1, 1)), length) for i in range(count)]
 
 
 @torch.no_grad()
@@ -116,11 +149,3 @@ def _reference(reference: PreTrainedModel | Sequence[Tensor] | None, index: int,
     if reference is None or isinstance(reference, Sequence):
         return reference[index] if reference is not None and index < len(reference) else None
     return log_probabilities(reference, segment)
-
-
-def _last(tokens: Tensor, length: int) -> int:
-    if length < 1:
-        raise ValueError(f"length must be at least 1, got {length}")
-    if len(tokens) < length:
-        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one segment of {length}")
-    return len(tokens) - length

@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-from gptq_triton.evaluate import Quality, evaluate, even_segments, log_probabilities, random_segments, tokenize
+from gptq_triton.evaluate import Quality, Text, evaluate, even_segments, log_probabilities, random_segments, tokenize
 from tests.tiny import batches, text, tiny, tokenizer
 
 sizes = st.tuples(st.integers(1, 60), st.integers(0, 300)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+
+
+def plain(count):
+    """A text of the tokens 0, 1, 2, ..."""
+    return Text(torch.arange(count), torch.empty(0, dtype=torch.int64))
 
 
 class Bigrams(nn.Module):
@@ -35,7 +40,7 @@ class Bigrams(nn.Module):
 @given(sizes, st.integers(0, 12), st.integers(0, 2**32))
 def test_random_segments(size, count, seed):
     length, total = size
-    tokens = torch.arange(total)
+    tokens = plain(total)
     segments = random_segments(tokens, length, count, seed)
     assert len(segments) == count
     for segment in segments:
@@ -45,16 +50,16 @@ def test_random_segments(size, count, seed):
 
 
 def test_random_segments_differ_and_reach_both_ends():
-    starts = {int(segment[0]) for segment in random_segments(torch.arange(10), 7, 200, seed=0)}
+    starts = {int(segment[0]) for segment in random_segments(plain(10), 7, 200, seed=0)}
     assert starts == {0, 1, 2, 3}
-    first, second = (random_segments(torch.arange(10**6), 2, 5, seed) for seed in (0, 1))
+    first, second = (random_segments(plain(10**6), 2, 5, seed) for seed in (0, 1))
     assert [int(segment[0]) for segment in first] != [int(segment[0]) for segment in second]
 
 
 @given(sizes, st.integers(1, 12))
 def test_even_segments_cover_the_text_without_overlap(size, count):
     length, total = size
-    segments = even_segments(torch.arange(total), length, count)
+    segments = even_segments(plain(total), length, count)
     starts = [int(segment[0]) for segment in segments]
     assert len(segments) == min(count, total // length)
     assert all(len(segment) == length for segment in segments)
@@ -68,16 +73,22 @@ def test_even_segments_cover_the_text_without_overlap(size, count):
 @pytest.mark.parametrize("cut", [lambda *a: random_segments(*a, seed=0), even_segments])
 def test_text_that_is_too_short(cut):
     with pytest.raises(ValueError, match="the text has 9 tokens, fewer than one segment of 10"):
-        cut(torch.arange(9), 10, 1)
+        cut(plain(9), 10, 1)
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
-        cut(torch.arange(9), 0, 1)
+        cut(plain(9), 0, 1)
 
 
-def test_tokenize_adds_no_special_tokens():
+def test_segments_start_as_the_tokenizer_starts_a_text():
     words = tokenizer()
+    assert tokenize(words, "w0").start.tolist() == []
     words.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     assert words("w0")["input_ids"] == [1, 3]
-    assert tokenize(words, "w0 w2  w124\nnonsense").tolist() == [3, 5, 127, 0]
+    found = tokenize(words, "w0 w2  w124\nnonsense")
+    assert found.tokens.tolist() == [3, 5, 127, 0]
+    assert [segment.tolist() for segment in even_segments(found, 3, 2)] == [[1, 3, 5], [1, 127, 0]]
+    assert {segment.tolist()[0] for segment in random_segments(found, 2, 9, seed=0)} == {1}
+    with pytest.raises(ValueError, match="length must be at least 2, got 1"):
+        even_segments(found, 1, 2)
 
 
 def test_quality_by_its_definition():
@@ -145,5 +156,5 @@ def test_refusals():
 
 
 def test_text_is_long_enough_for_other_tests():
-    assert len(tokenize(tokenizer(), text(400))) == 400
-    assert not (tokenize(tokenizer(), text(400)) == 0).any()
+    assert len(tokenize(tokenizer(), text(400)).tokens) == 400
+    assert not (tokenize(tokenizer(), text(400)).tokens == 0).any()

@@ -89,7 +89,7 @@ def even_segments(text: Text, length: int, count: int) -> list[Tensor]:
         ValueError: The text is shorter than one segment.
     """
     last = text.last(length)
-    count = min(count, max(1, len(text.tokens) // length))
+    count = min(count, len(text.tokens) // (length - len(text.start)))
     return [text.segment(round(i * last / max(count - 1, 1)), length) for i in range(count)]
 
 

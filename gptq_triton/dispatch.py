@@ -48,7 +48,7 @@ _HALF_TRANSPOSED = (
     (None, Plan("matmul_transposed", 128, 64, 128, 8, 3)),
 )
 _FLOAT_TRANSPOSED = (
-    (16, Plan("matmul_transposed", 16, 64, 32, 4, 3)),
+    (16, Plan("matmul_transposed", 16, 32, 32, 4, 3)),
     (None, Plan("matmul_transposed", 64, 16, 32, 8, 2)),
 )
 

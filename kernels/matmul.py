@@ -43,7 +43,8 @@ def matmul_kernel(
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     offs_m = (pid % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = pid // tiles_m * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
 
     # First pointers
@@ -55,8 +56,8 @@ def matmul_kernel(
     for first_k in range(0, K, BLOCK_K):
         x = tl.load(x_ptrs, mask=mask_m[:, None] & (first_k + offs_k < K)[None, :], other=0)
         weights = load_weights(
-            qweight_ptr, scales_ptr, qzeros_ptr, g_idx_ptr, first_k, offs_n, K, N, rows_per_group,
-            stride_qk, stride_sg, stride_zg, BITS, ZERO_OFFSET, ONE_GROUP, BLOCK_K,
+            qweight_ptr, scales_ptr, qzeros_ptr, g_idx_ptr, first_k, first_n, K, N, rows_per_group,
+            stride_qk, stride_sg, stride_zg, BITS, ZERO_OFFSET, ONE_GROUP, BLOCK_K, BLOCK_N,
         )  # fmt: skip
         acc = tl.dot(x, weights.to(x.dtype), acc, input_precision="ieee")
         x_ptrs += BLOCK_K

@@ -54,8 +54,8 @@ def matmul_transposed_kernel(
     for first_n in range(0, N, BLOCK_N):
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & (first_n + offs_n < N)[None, :], other=0)
         weights = load_weights(
-            qweight_ptr, scales_ptr, qzeros_ptr, g_idx_ptr, first_k, first_n + offs_n, K, N, rows_per_group,
-            stride_qk, stride_sg, stride_zg, BITS, ZERO_OFFSET, ONE_GROUP, BLOCK_K,
+            qweight_ptr, scales_ptr, qzeros_ptr, g_idx_ptr, first_k, first_n, K, N, rows_per_group,
+            stride_qk, stride_sg, stride_zg, BITS, ZERO_OFFSET, ONE_GROUP, BLOCK_K, BLOCK_N,
         )  # fmt: skip
         acc = tl.dot(dy, tl.trans(weights.to(dy.dtype)), acc, input_precision="ieee")
         dy_ptrs += BLOCK_N

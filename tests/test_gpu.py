@@ -46,16 +46,20 @@ def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_size", [128, 32, -1, "act_order"])
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "act_order"),
+    [
+        (torch.float16, 128, False),
+        (torch.bfloat16, 128, False),
+        (torch.float32, 128, False),
+        (torch.float16, 32, False),
+        (torch.float16, -1, False),
+        (torch.float16, 64, True),
+    ],
+)
 @pytest.mark.parametrize("bits", BITS)
-def test_every_width_dtype_and_grouping(bits, group_size, dtype):
-    act_order = group_size == "act_order"
-    group_size = 64 if act_order else group_size
-    scale_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-    weight = random_weight(
-        576, 320, bits, group_size, act_order=act_order, scale_dtype=scale_dtype, device=DEVICE
-    )  # fmt: skip
+def test_every_width_dtype_and_grouping(bits, dtype, group_size, act_order):
+    weight = random_weight(576, 320, bits, group_size, act_order=act_order, device=DEVICE)
     bias = random_rows(1, 320, dtype, seed=1, device=DEVICE)[0]
     for M in ROWS:
         x = random_rows(M, 576, dtype, device=DEVICE)
@@ -97,12 +101,13 @@ def test_exact_data_gives_the_exact_answer(bits, dtype, checkpoint_format):
     weight = random_weight(
         200, 104, bits, 32, exact=True, checkpoint_format=checkpoint_format, device=DEVICE
     )  # fmt: skip
-    for M in (3, 70):
-        x, dy = (exact_rows(M, width, dtype, device=DEVICE) for width in (200, 104))
-        assert torch.equal(ops.matmul(x, weight), oracle(x, weight).to(dtype))
-        assert torch.equal(
-            ops.matmul_transposed(dy, weight), oracle(dy, weight, transposed=True).to(dtype)
-        )  # fmt: skip
+    x, dy = (exact_rows(70, width, dtype, device=DEVICE) for width in (200, 104))
+    assert torch.equal(ops.matmul(x, weight), oracle(x, weight).to(dtype))
+    assert torch.equal(ops.matmul_transposed(dy, weight), oracle(dy, weight, transposed=True).to(dtype))
+
+
+CONFIGURATIONS = [(*blocks, 4, 3) for blocks in itertools.product((16, 64), repeat=3)]
+CONFIGURATIONS += [(64, 64, 64, 4, 1), (32, 32, 32, 2, 2), (64, 64, 32, 8, 4)]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -115,9 +120,7 @@ def test_every_configuration_gives_the_same_answer(transposed):
         weight = random_weight(K, N, 4, group_size, act_order=act_order, exact=True, device=DEVICE)
         x = exact_rows(M, N if transposed else K, torch.float16, device=DEVICE)
         expected = oracle(x, weight, transposed=transposed).half()
-        for block_m, block_n, block_k, warps, stages in itertools.product(
-            (16, 64), (16, 64), (16, 64), (2, 4, 8), (1, 3)
-        ):  # fmt: skip
+        for block_m, block_n, block_k, warps, stages in CONFIGURATIONS:
             y = torch.full_like(expected, float("nan"))
             head = (x, weight.qweight, weight.scales, weight.qzeros, weight.g_idx)
             options = {
@@ -141,9 +144,10 @@ def test_every_configuration_gives_the_same_answer(transposed):
 @pytest.mark.parametrize("bits", BITS)
 def test_large_layers_err_like_random_rounding(bits, dtype):
     weight = random_weight(4096, 1024, bits, 128, device=DEVICE)
+    bias = torch.zeros(1024, dtype=dtype, device=DEVICE)
     for M in (1, 33, 500):
         x, dy = (random_rows(M, width, dtype, device=DEVICE) for width in (4096, 1024))
-        error = relative_error(ops.matmul(x, weight), oracle(x, weight))
+        error = relative_error(ops.matmul(x, weight, bias), oracle(x, weight))
         assert error < typical_error(4096, dtype)
         error = relative_error(ops.matmul_transposed(dy, weight), oracle(dy, weight, transposed=True))
         assert error < typical_error(1024, dtype)

@@ -3,8 +3,11 @@
 Calibration: 64 random segments of 512 tokens (32 of State of the Union speeches 1982-2000, seed 0; 32 of
 the first 60% of the Debian handbook, seed 1). Evaluation: 24 evenly spaced segments of 512 tokens of the
 speeches from 2002 on and of the rest of the handbook; KL(full || quantized) on every third of them. The
-handbook is Debian's package ``debian-handbook``. Rows already in the result file are kept, so that a
-run that was stopped goes on: an hour in all on 2 cores.
+handbook is Debian's package ``debian-handbook``.
+
+Rows already in the result file are kept, so that a run that was stopped goes on: an hour in all on 2 cores.
+Another torch or processor rounds sums differently, one code turns another way, and the rest follows:
+figures of one method then differ by a few percent, so each row says where it was made.
 """
 
 from __future__ import annotations
@@ -106,10 +109,11 @@ def main() -> None:
     }
     expected = {name: [log_probabilities(full, s) for s in segments[:8]] for name, segments in texts.items()}
 
-    result = provenance(" ".join((__doc__ or "").split("\n\n")[1].split()))
-    if options.out.exists():
-        result["rows"] = json.loads(options.out.read_text())["rows"]
-    rows = {row["label"]: row for row in result.setdefault("rows", [])}
+    here = provenance("")
+    where = {key: here[key] for key in ("commit", "cpu", "python", "torch")}
+    result = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+    result["method"] = " ".join((__doc__ or "").split("\n\n")[1].split())
+    rows = {row["label"] for row in result["rows"] if row["torch"] == where["torch"]}
     todo: dict[str, tuple | None] = {"full precision": None, **methods()}
     for label, job in todo.items():
         if label in rows or (options.only and label not in options.only):
@@ -125,7 +129,7 @@ def main() -> None:
             row[name] = asdict(evaluate(model, segments, expected[name]))
         row["layers"] = _by_kind([asdict(report) for report in reports])
         print(label, row, flush=True)
-        result["rows"].append({**row, "commit": result["commit"]})
+        result["rows"].append(row | where)
         write(options.out, result)
 
 

@@ -17,7 +17,7 @@ test: lint $(STAMPS)/dev  ## all that needs no GPU
 lint: $(STAMPS)/dev
 	$(RUN)/ruff check
 	$(RUN)/ruff format --check
-	$(RUN)/pyright
+	$(RUN)/pyright --pythonpath $(RUN)/python
 	$(RUN)/lint-imports
 
 test-gpu: $(STAMPS)/dev  ## the tests that need a GPU

@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import torch
 from record import RESULTS, provenance, write
@@ -111,7 +112,7 @@ def main() -> None:
 
     here = provenance("")
     where = {key: here[key] for key in ("commit", "cpu", "python", "torch")}
-    result = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     result["method"] = " ".join((__doc__ or "").split("\n\n")[1].split())
     rows = {row["label"] for row in result["rows"] if row["torch"] == where["torch"]}
     todo: dict[str, tuple | None] = {"full precision": None, **methods()}

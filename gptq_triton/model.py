@@ -147,9 +147,9 @@ def quantize_model(
                     journal.save(index, packed, found)
                 else:
                     packed, found = kept[0], [LayerReport(**report) for report in kept[1]]
+                    for name, layer in packed.items():
+                        weight_of(targets[name].layer).copy_(layer.to(device).dequantize(torch.float32))
                     bar.update(len(targets))
-                for name, layer in packed.items():
-                    weight_of(targets[name].layer).copy_(layer.to(device).dequantize(torch.float32))
                 if index + 1 < len(blocks):
                     hidden = [run(batch) for batch in range(len(batches))]
                 for name, layer in packed.items():

@@ -14,10 +14,9 @@ from transformers import AutoTokenizer
 
 from gptq_triton import QuantizeConfig, QuantLinear, demo, load_quantized, quantize_model, save_quantized
 from gptq_triton import cli as cli_module
-from gptq_triton import model as model_module
 from gptq_triton.cli import main
 from gptq_triton.evaluate import evaluate, even_segments, tokenize
-from tests.tiny import POSITIONS, batches, save_tiny, text, tiny, tokenizer
+from tests.tiny import POSITIONS, batches, dies_in_the_second_block, save_tiny, text, tiny, tokenizer
 
 COMMANDS = ("quantize", "eval", "generate", "inspect", "demo")
 SHORT = ("--length", "24", "--segments", "3")
@@ -199,15 +198,7 @@ def test_a_dtype_that_is_asked_for_is_kept(run, tmp_path):
 
 def test_a_killed_run_resumes(run, tmp_path, monkeypatch):
     arguments = ("quantize", "full", tmp_path / "m", "--calibration", "text.txt", *SHORT)
-    real, solved = model_module._solve_block, []
-
-    def dies_in_the_second_block(*rest):
-        solved.append(rest)
-        if len(solved) == 2:
-            raise KeyboardInterrupt
-        return real(*rest)
-
-    monkeypatch.setattr(model_module, "_solve_block", dies_in_the_second_block)
+    solved = dies_in_the_second_block(monkeypatch)
     code, _, err = run(*arguments)
     assert code == 130
     assert err.splitlines()[-1] == "gptq-triton: interrupted"

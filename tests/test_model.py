@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from gptq_triton import QuantizeConfig, QuantLinear, estimate, quantize_model
-from gptq_triton import model as model_module
 from gptq_triton import streaming as streaming_module
 from gptq_triton.layers import find_layers
 from gptq_triton.packing import unpack
 from gptq_triton.reference import dequantize
 from gptq_triton.solver import Hessian, solve
 from gptq_triton.streaming import as_batches, decoder_blocks
-from tests.tiny import ARCHITECTURES, batches, tiny
+from tests.tiny import ARCHITECTURES, batches, dies_in_the_second_block, tiny
 
 CONFIG = QuantizeConfig(bits=4, group_size=32, sym=False)
 
@@ -151,15 +150,7 @@ def test_a_killed_run_resumes_with_identical_codes(tmp_path, monkeypatch):
     data, whole, killed = batches(), tiny("llama"), tiny("llama")
     expected = quantize_model(whole, data, CONFIG, progress=False)
 
-    real, calls = model_module._solve_block, []
-
-    def dies_in_the_second_block(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(model_module, "_solve_block", dies_in_the_second_block)
+    calls = dies_in_the_second_block(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         quantize_model(killed, data, CONFIG, workdir=tmp_path / "work", progress=False)
     resumed = tiny("llama")

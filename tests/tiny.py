@@ -22,6 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from gptq_triton import model as model_module
+
 VOCABULARY = 128
 POSITIONS = 96
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
@@ -119,3 +121,17 @@ def save_tiny(folder: Path, name: str = "llama", seed: int = 0, **overrides: Any
     tiny(name, seed, **overrides).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def dies_in_the_second_block(monkeypatch: Any) -> list[Any]:
+    """Have the next quantize_model interrupted, once, at its second block; returns what is solved, a growing list."""
+    real, solved = model_module._solve_block, []
+
+    def solve(*arguments: Any) -> Any:
+        solved.append(arguments)
+        if len(solved) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(model_module, "_solve_block", solve)
+    return solved

@@ -7,14 +7,16 @@ and one step, 64 codes in 16 *registers* of four bytes: byte ``i`` of register `
 
 which is the A operand of ``mma.m16n8k32`` over bytes (with the columns of x in the same order) and, bytes 0 and 2 or
 1 and 3 of a register taken as two halves, that of ``mma.m16n8k16`` over halves (with x in its natural order). At 8 bits
-a stored word is a register. Below, the registers of several ``s`` share words, bit fields of the same bytes:
+a stored word is a register. Below, several registers share a word, as bit fields of the same bytes. The fields of
+``r8 = 1`` always lie higher by the same number of bits, so that a mask alone yields codes of rows n and codes of rows
+n + 8 times a power of two:
 
-| bits | words a lane, strip and step | field of a byte                                                          |
-|------|------------------------------|--------------------------------------------------------------------------|
-| 8    | 16: [s][hb][r8]              | the code                                                                 |
-| 4    | 8: [s // 2][hb][r8]          | bits 0-3: s even, 4-7: s odd                                             |
-| 2    | 4: [hb][r8]                  | bits 2s, 2s + 1                                                          |
-| 3    | 6: A, B of s < 2, A, B of s >= 2; C, C | see `_pack3`                                                   |
+| bits | words of a lane, strip and step | a byte, least significant bit first                        |
+|------|---------------------------------|------------------------------------------------------------|
+| 8    | 16: [s][hb][r8]                 | the code                                                   |
+| 4    | 8: [s][hb]                      | r8 = 0, r8 = 1                                             |
+| 2    | 4: [s % 2][hb]                  | r8 = 0, r8 = 1 of s < 2, then r8 = 0, r8 = 1 of s >= 2     |
+| 3    | 6: [s // 2] A, B; [s // 2] C    | see `_pack3`                                               |
 
 A lane's words follow each other in fours (3 bits: four, then two), one vector load each:
 ``[N / 16][K / 128][vector][32 lanes][4]``. Exactly ``bits`` bits a weight, whatever the width.
@@ -179,9 +181,11 @@ def tile(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         out = f
     elif bits == 4:
-        out = f[:, :, 0::2] | f[:, :, 1::2] << 4
+        out = (f[..., 0, :, :] | f[..., 1, :, :] << 4).unflatten(2, (2, 2)).permute(0, 1, 2, 4, 5, 3, 6, 7, 8)
     elif bits == 2:
-        out = f[:, :, 0] | f[:, :, 1] << 2 | f[:, :, 2] << 4 | f[:, :, 3] << 6
+        low, high = f[:, :, :2], f[:, :, 2:]
+        out = low[..., 0, :, :] | low[..., 1, :, :] << 2 | high[..., 0, :, :] << 4 | high[..., 1, :, :] << 6
+        out = out.permute(0, 1, 3, 4, 2, 5, 6, 7)
     else:
         return _pack3(f)
     return out.reshape(N // 16, K // STEP, 256 * bits).view(torch.int32)
@@ -190,23 +194,22 @@ def tile(codes: Tensor, bits: int) -> Tensor:
 def untile(words: Tensor, bits: int) -> Tensor:
     """The exact inverse of :func:`tile`: codes, uint8 (K, N)."""
     strips, steps = words.shape[:2]
-    shape = (8, 4, 2, 2, 2, 2)  # g t hb r8 i0 i1
     w = words.contiguous().view(torch.uint8)
     if bits == 8:
-        f = w.view(strips, steps, 4, *shape)
+        f = w.view(strips, steps, 4, 8, 4, 2, 2, 2, 2)
     elif bits == 4:
-        w = w.view(strips, steps, 2, 1, *shape)
-        f = torch.cat((w & 15, w >> 4), 3).reshape(strips, steps, 4, *shape)
+        w = w.view(strips, steps, 2, 8, 4, 2, 2, 1, 2, 2).permute(0, 1, 2, 5, 3, 4, 6, 7, 8, 9)
+        f = torch.cat((w & 15, w >> 4), 7).flatten(2, 3)
     elif bits == 2:
-        w = w.view(strips, steps, 1, *shape)
-        f = torch.cat([(w >> 2 * s) & 3 for s in range(4)], 2)
+        w = w.view(strips, steps, 8, 4, 2, 2, 1, 2, 2).permute(0, 1, 4, 2, 3, 5, 6, 7, 8)
+        f = torch.cat([torch.cat((w >> shift & 3, w >> shift + 2 & 3), 6) for shift in (0, 4)], 2)
     else:
         f = _unpack3(words)
     return f.permute(0, 6, 3, 1, 2, 5, 8, 4, 7).reshape(strips * 16, steps * STEP).t().contiguous()
 
 
 def _pack3(f: Tensor) -> Tensor:
-    """Three bits: the eight registers r of two s share three words, byte by byte.
+    """Three bits: the eight registers r = 4 (s % 2) + 2 hb + r8 of two s share three words, byte by byte.
 
     A = r0 | r1 << 3 | (r6 >> 1) << 6
     B = r2 | r3 << 3 | (r7 >> 1) << 6

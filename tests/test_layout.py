@@ -41,9 +41,9 @@ def test_a_code_sits_where_the_drawing_says(bits):
         if bits == 8:
             place = {((s * 32 + lane) * 4 + register) * 4 + i: 255}
         elif bits == 4:
-            place = {((s // 2 * 32 + lane) * 4 + register) * 4 + i: 15 << 4 * (s % 2)}
+            place = {((s // 2 * 32 + lane) * 4 + 2 * (s % 2) + hb) * 4 + i: 15 << 4 * r8}
         elif bits == 2:
-            place = {(lane * 4 + register) * 4 + i: 3 << 2 * s}
+            place = {(lane * 4 + 2 * (s % 2) + hb) * 4 + i: 3 << 4 * (s // 2) + 2 * r8}
         else:
             r = 4 * (s % 2) + register
             first = (lane * 4 + 2 * (s // 2)) * 4 + i  # A, then B four bytes on

@@ -95,7 +95,7 @@ def tile_weight(weight: PackedWeight) -> TiledWeight:
         raise TypeError("scales must be float16, bfloat16 or float32 to be tiled, got torch.float64")
     codes = unpack(weight.qweight, spec.bits, K)
     zeros = unpack_zeros(weight.qzeros, spec.bits, N, weight.checkpoint_format)
-    order, rows, group_columns = _arrange(weight.g_idx, spec, K)
+    order, rows, group_columns = _arrange(weight.g_idx, spec, K, weight.qweight.device)
     scales = weight.scales
     if order is not None:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, 1))[order]  # -1 is the row of padding
@@ -122,7 +122,7 @@ def untile_weight(weight: TiledWeight, g_idx: Tensor | None) -> PackedWeight:
     codes = untile(weight.words, spec.bits)[:, :N]
     scales, zeros = unpack_meta(weight.meta, weight.scales, weight.dtype)
     scales, zeros = scales[:, :N], zeros[:, :N]
-    order, rows, _ = _arrange(g_idx, spec, K)
+    order, rows, _ = _arrange(g_idx, spec, K, weight.words.device)
     if order is not None:
         real = order >= 0
         codes = torch.empty_like(codes[:K]).index_copy_(0, order[real], codes[: len(order)][real])
@@ -135,7 +135,9 @@ def untile_weight(weight: TiledWeight, g_idx: Tensor | None) -> PackedWeight:
     return pack_weight(codes[:K], scales, zeros, g_idx, spec, weight.checkpoint_format)
 
 
-def _arrange(g_idx: Tensor | None, spec: QuantSpec, K: int) -> tuple[Tensor | None, Tensor | None, int]:
+def _arrange(
+    g_idx: Tensor | None, spec: QuantSpec, K: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, int]:
     """How columns meet groups in the tiles.
 
     Returns:
@@ -149,7 +151,6 @@ def _arrange(g_idx: Tensor | None, spec: QuantSpec, K: int) -> tuple[Tensor | No
         return None, None, ONE_GROUP
     if g_idx is None and (size in (32, 64) or size % STEP == 0):
         return None, None, size
-    device = None if g_idx is None else g_idx.device
     group = torch.arange(K, device=device) // size if g_idx is None else g_idx.long()
     counts = torch.bincount(group, minlength=groups)
     largest = int(counts.max())

@@ -135,6 +135,20 @@ def untile_weight(weight: TiledWeight, g_idx: Tensor | None) -> PackedWeight:
     return pack_weight(codes[:K], scales, zeros, g_idx, spec, weight.checkpoint_format)
 
 
+def dequantize_tiles(weight: TiledWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight as floats, (K, N): as `reference.dequantize`, from tiles."""
+    dtype = dtype or weight.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = untile(weight.words, weight.spec.bits)
+    scales, zeros = unpack_meta(weight.meta, weight.scales, weight.dtype)
+    group = torch.arange(len(codes), device=codes.device) // weight.group_columns
+    floats = (codes.to(wide) - zeros.to(wide)[group]).mul_(scales.to(wide)[group])
+    if weight.order is not None:
+        real = weight.order >= 0
+        floats = torch.empty_like(floats[: weight.K]).index_copy_(0, weight.order[real].long(), floats[real])
+    return floats[: weight.K, : weight.N].to(dtype)
+
+
 def _arrange(
     g_idx: Tensor | None, spec: QuantSpec, K: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, int]:

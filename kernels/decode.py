@@ -16,12 +16,13 @@ Dispatch picks it for M <= 16 and scales of 16 bits. Source: this project.
 
 import functools
 
-from torch import Tensor
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .integer_ptx import load_asm, meta_asm, product_asm, registers_asm, shift, words
+from .launch import Launch, prepare
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
@@ -147,7 +148,10 @@ def _step(
     return out
 
 
-@gluon.jit(do_not_specialize=["M", "N", "strips", "stride_ym"])
+@gluon.jit(
+    do_not_specialize=["M", "N", "steps", "strips", "stride_ym"],
+    do_not_specialize_on_alignment=["bias_ptr"],
+)
 def decode_kernel(
     digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr, M, N, steps, strips, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
@@ -302,25 +306,20 @@ def constants(
     }  # fmt: skip
 
 
-def decode(
-    digits: Tensor, sums: Tensor, words: Tensor, meta: Tensor, bias: Tensor | None, y: Tensor, workspace: Tensor | None,
-    counters: Tensor | None, *, bits: int, group_columns: int, scales_bf16: bool, strips: int, warps_n: int, warps_k: int,
-    depth: int, chunk: int, split: int, pdl: bool,
-) -> None:  # fmt: skip
-    """Launch on the current device and stream; y is overwritten.
+def prepare_decode(
+    device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
+    tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int, pdl: bool,
+) -> Launch:  # fmt: skip
+    """Compile for these constants.
 
     Args:
-        digits: As `digits.digits` writes them: int32 (steps, ceil(M / 4), 256).
-        sums: Likewise, int32 (steps, ceil(M / 4), 32, 2 * subgroups).
-        words: int32 (strips, steps, 64 * bits).
-        meta: int32 (groups, strips * 16), scales of 16 bits above zero points.
-        bias: (N,), floating, or None.
-        y: (M, N) float16, bfloat16 or float32, unit stride along N; M at most 16.
-        workspace: float32, split * programs * 128 * tiles * S elements; None when split is 1.
-        counters: int32, one zero for each program over rows of W, left at zero; None when split is 1.
+        device: Index of the GPU.
+        dtype: Of y: float16, bfloat16 or float32.
+        bias: Its dtype, or None.
         bits: 2, 3, 4 or 8.
-        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
         scales_bf16: Whether scales are bfloat16, not float16.
+        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
+        tiles: Of four rows of x: 1, 2 or 4.
         strips: Strips of 16 rows of W to a warp.
         warps_n: Warps over strips.
         warps_k: Warps over steps.
@@ -328,12 +327,19 @@ def decode(
         chunk: Rounds of digits staged at a time, a multiple of depth.
         split: Programs over k.
         pdl: Programmatic dependent launch (sm_90 on).
+
+    Returns:
+        ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps, all_strips,
+        stride_ym)``, with ``programs = ceil(all_strips / (strips * warps_n))``:
+
+        - digits, sums: as digits.py writes them.
+        - words: int32 (all_strips, steps, 64 * bits).
+        - meta: int32 (groups, all_strips * 16), scales of 16 bits above zero points.
+        - bias: (N,), or None. y: (M, N), unit stride along N, M at most 4 * tiles; overwritten.
+        - workspace: float32, split * programs * 64 * tiles * strips * warps_n elements; None when split is 1.
+        - counters: int32, a zero for each of ``programs``, left at zero; None when split is 1.
     """
-    steps, tiles = digits.shape[:2]
-    M, N = y.shape
-    S = strips * warps_n
-    decode_kernel[(-(-words.shape[0] // S), split)](
-        digits, sums, words, meta, bias, y, workspace, counters, M, N, steps, words.shape[0], y.stride(0),
-        **constants(bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split, group_columns, pdl),
-        num_warps=warps_n * warps_k, launch_pdl=pdl,
-    )  # fmt: skip
+    names = constants(bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split, group_columns, pdl)
+    meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
+    pointers = (*[torch.int32] * 4, bias, dtype, *meeting)
+    return prepare(decode_kernel, device, pointers, 5, names, num_warps=warps_n * warps_k, launch_pdl=pdl)

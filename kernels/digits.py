@@ -7,10 +7,14 @@ The unit is the power of two that makes the largest number of the 128 fill 15 bi
 applied. Dispatch runs it before the decode kernel. A number that is not finite makes the unit NaN, hence the row of y.
 """
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .launch import Launch, prepare
+
+STEPS = 2  # of a program
 
 
 @triton.jit
@@ -26,7 +30,7 @@ def split_digits(x):
     return integers, unit
 
 
-@triton.jit(do_not_specialize=["M", "K", "steps"])
+@triton.jit(do_not_specialize=["M", "K", "steps", "stride_xm"], do_not_specialize_on_alignment=["x_ptr"])
 def digits_kernel(
     x_ptr,
     order_ptr,
@@ -36,7 +40,9 @@ def digits_kernel(
     K,
     steps,
     stride_xm,
+    ALIGNED: tl.constexpr,
     TILES: tl.constexpr,
+    ROWS: tl.constexpr,
     SUBGROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -53,6 +59,9 @@ def digits_kernel(
     offs = step[:, None] * 128 + tl.arange(0, 128)[None, :]
     if order_ptr is not None:
         offs = tl.load(order_ptr + offs, mask=mask[:, None], other=-1)
+    if ALIGNED:
+        x_ptr = tl.multiple_of(x_ptr, 16)
+        stride_xm = tl.multiple_of(stride_xm, 8)
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + m.to(tl.int64) * stride_xm + offs, mask=(offs >= 0) & (offs < K) & mask[:, None], other=0)
@@ -65,58 +74,65 @@ def digits_kernel(
     high_words = tl.sum(tl.sum((high & 255) << byte, 4), 2)  # (BLOCK, (s, hb), t)
     low_words = tl.sum(tl.sum((q & 255) << byte, 4), 2)
 
-    # Store: tiles of four rows of x, which are eight columns n = 2 m + digit; [s // 2][lane][s % 2][hb]
-    tile = step * TILES + m // 4
+    # Store
     word = tl.arange(0, 8)[None, :, None]
-    lane = 8 * (m % 4) + tl.arange(0, 4)[None, None, :]
-    ptrs = digits_ptr + tile[:, None, None] * 256 + word // 4 * 128 + lane * 4 + word % 4
-    tl.store(ptrs, high_words, mask=mask[:, None, None])
-    tl.store(ptrs + 16, low_words, mask=mask[:, None, None])
-
-    # The unit and the sums of each subgroup, for every lane 4 g + t of row t
-    WIDTH: tl.constexpr = 2 * SUBGROUPS
+    t = tl.arange(0, 4)[None, None, :]
+    offs_u = tl.arange(0, SUBGROUPS)[None, :]
     sums = -tl.sum(tl.reshape(integers, (BLOCK, SUBGROUPS, 128 // SUBGROUPS)), 2)
-    lanes = 4 * tl.arange(0, 8)[None, :] + m % 4
-    first = sums_ptr + (tile[:, None] * 32 + lanes) * WIDTH
-    units = tl.broadcast_to(unit.to(tl.int32, bitcast=True)[:, None], (BLOCK, 8))
-    tl.store(first, units, mask=mask[:, None])
-    offs_u = 1 + tl.arange(0, SUBGROUPS)
-    tl.store(
-        first[:, :, None] + offs_u[None, None, :],
-        tl.broadcast_to(sums[:, None, :], (BLOCK, 8, SUBGROUPS)),
-        mask=mask[:, None, None],
-    )
+    units = unit.to(tl.int32, bitcast=True)
+    if ROWS == 0:
+        # for decode.py: tiles of four rows of x, which are eight columns n = 2 m + digit; [s // 2][lane][s % 2][hb]
+        tile = step * TILES + m // 4
+        ptrs = digits_ptr + tile[:, None, None] * 256 + word // 4 * 128 + (8 * (m % 4) + t) * 4 + word % 4
+        tl.store(ptrs, high_words, mask=mask[:, None, None])
+        tl.store(ptrs + 16, low_words, mask=mask[:, None, None])
+        # unit and sums of row t for every lane 4 g + t
+        lanes = 4 * tl.arange(0, 8)[None, :] + m % 4
+        firsts = sums_ptr + (tile[:, None] * 32 + lanes) * (2 * SUBGROUPS)
+        tl.store(firsts, tl.broadcast_to(units[:, None], (BLOCK, 8)), mask=mask[:, None])
+        ptrs = firsts[:, :, None] + 1 + offs_u[:, None, :]
+        tl.store(ptrs, tl.broadcast_to(sums[:, None, :], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
+    else:
+        # for wide.py: rows n = 2 m + digit of 128 bytes, their 16-byte pieces (s, hb) swizzled as shared memory wants them
+        n = 2 * m
+        ptrs = digits_ptr + step[:, None, None] * (64 * ROWS) + t
+        tl.store(ptrs + n * 32 + (word ^ n % 8) * 4, high_words, mask=mask[:, None, None])
+        tl.store(ptrs + (n + 1) * 32 + (word ^ (n + 1) % 8) * 4, low_words, mask=mask[:, None, None])
+        # units, then sums; a lane 4 g + t reads all rows 4 j + t of a tile of 32 at once
+        WIDE: tl.constexpr = min(ROWS, 32)
+        place = m // WIDE * WIDE + m % 4 * (WIDE // 4) + m % WIDE // 4
+        firsts = sums_ptr + step * (2 * SUBGROUPS * ROWS) + place
+        tl.store(firsts, units, mask=mask)
+        tl.store(firsts[:, None] + (1 + offs_u) * ROWS, sums, mask=mask[:, None])
 
 
-def digits(
-    x: Tensor, order: Tensor | None, digits: Tensor, sums: Tensor, *, steps: int, subgroups: int, pdl: bool
-) -> None:
-    """Launch on the current device and stream; digits and sums are written where rows of x exist.
+def prepare_digits(
+    device: int, dtype: torch.dtype, *, ordered: bool, aligned: bool, subgroups: int, tiles: int, rows: int, pdl: bool
+) -> Launch:
+    """Compile for these constants.
 
     Args:
-        x: (M, K) float16 or bfloat16, unit stride along K.
-        order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.
-        digits: int32 (steps, tiles, 256), tiles at least ceil(M / 4).
-        sums: int32 (steps, tiles, 32, 2 * subgroups): the bits of the unit, minus the sum of each subgroup.
-        steps: Steps of 128 columns.
+        device: Index of the GPU.
+        dtype: Of x: float16 or bfloat16.
+        ordered: Whether there is an order.
+        aligned: Rows of x start at multiples of 16 bytes.
         subgroups: 1, 2 or 4 to a step.
+        tiles: For decode.py: tiles of four rows of x; else 0.
+        rows: For wide.py: rows of x in a block; else 0.
         pdl: Programmatic dependent launch (sm_90 on).
+
+    Returns:
+        ``launch(ceil(steps / STEPS), M, stream, x, order, digits, sums, M, K, steps, stride_xm)``, which writes what
+        belongs to rows of x:
+
+        - x: (M, K), unit stride along K.
+        - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.
+        - digits: for decode.py int32 (steps, tiles, 256); for wide.py (steps, rows, 64).
+        - sums: for decode.py int32 (steps, tiles, 32, 2 * subgroups): the bits of the unit, then minus the sum of each
+          subgroup; for wide.py (steps, 2 * subgroups, rows), the same.
     """
-    M, K = x.shape
-    block = 2
-    digits_kernel[(triton.cdiv(steps, block), M)](
-        x_ptr=x,
-        order_ptr=order,
-        digits_ptr=digits,
-        sums_ptr=sums,
-        M=M,
-        K=K,
-        steps=steps,
-        stride_xm=x.stride(0),
-        TILES=digits.shape[1],
-        SUBGROUPS=subgroups,
-        BLOCK=block,
-        PDL=pdl,
-        num_warps=1,  # pyright: ignore[reportCallIssue] an option of the launch
-        launch_pdl=pdl,  # pyright: ignore[reportCallIssue]
-    )
+    constants = {
+        "ALIGNED": aligned, "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "BLOCK": STEPS, "PDL": pdl
+    }  # fmt: skip
+    pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)
+    return prepare(digits_kernel, device, pointers, 4, constants, num_warps=1, launch_pdl=pdl)

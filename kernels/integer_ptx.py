@@ -16,28 +16,36 @@ def words(bits: int) -> int:
     return 2 * bits
 
 
-def load_asm(bits: int) -> tuple[str, str]:
-    """One 16-byte load after another from one address: outputs the words, input the address."""
+def load_asm(bits: int, addresses: int = 1) -> tuple[str, str]:
+    """The words of a lane, strip and step, padded to whole vectors: inputs addresses, of which the first counts."""
     n = words(bits)
+    whole = -(-n // 4) * 4 if addresses > 1 else n
     # a vector of all lanes, then the next one
     load = "ld.global.L1::no_allocate.v{}.b32 {{{}}}, [{}];"
     lines = [
-        load.format(4, ", ".join(f"${first + i}" for i in range(4)), f"${n} + {first * 128}")
+        load.format(4, ", ".join(f"${first + i}" for i in range(4)), f"${whole} + {first * 128}")
         for first in range(0, n - n % 4, 4)
     ]
     if n % 4:  # the lanes of a shorter vector are closer together
-        lines.insert(0, f".reg .b32 l; .reg .b64 p; mov.u32 l, %laneid; mul.wide.u32 p, l, 8; sub.s64 p, ${n}, p;")
+        lines.insert(0, f".reg .b32 l; .reg .b64 p; mov.u32 l, %laneid; mul.wide.u32 p, l, 8; sub.s64 p, ${whole}, p;")
         lines.append(load.format(2, f"${n - 2}, ${n - 1}", f"p + {(n - 2) * 128}"))
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * n + ["l"])
+        lines += [f"mov.b32 ${i}, 0;" for i in range(n, whole)]
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * whole + ["l"] * addresses)
 
 
-def registers_asm(bits: int) -> tuple[str, str]:
-    """Outputs the 16 registers in the order [s][hb][r8], inputs the words of 2, 3 or 4 bits."""
+def registers_asm(bits: int, *, signed: bool = False) -> tuple[str, str]:
+    """Outputs the 16 registers in the order [s][hb][r8], inputs the words, for a signed product padded to vectors.
+
+    Signed bytes hold less: where codes fill a byte, half the range is subtracted (`meta_asm` does the same to zero points).
+    """
     lines: list[str] = []
     temporaries: list[str] = []
 
     def masked(out: int, word: str, mask: int) -> None:
-        lines.append(f"and.b32 ${out}, {word}, {mask * 0x01010101:#010x};")
+        if signed and mask & 0x80:
+            lines.append(f"lop3.b32 ${out}, {word}, {mask * 0x01010101:#010x}, 0x80808080, 0x6a;")
+        else:
+            lines.append(f"and.b32 ${out}, {word}, {mask * 0x01010101:#010x};")
 
     def moved(word: str, by: int) -> str:
         name = f"t{len(temporaries)}"
@@ -48,7 +56,10 @@ def registers_asm(bits: int) -> tuple[str, str]:
     for s in range(4):
         for hb in range(2):
             out = 4 * s + 2 * hb
-            if bits == 4:
+            if bits == 8:
+                masked(out, f"${16 + out}", 0xFF)
+                masked(out + 1, f"${17 + out}", 0xFF)
+            elif bits == 4:
                 word = f"${16 + 2 * s + hb}"
                 masked(out, word, 0x0F)
                 masked(out + 1, word, 0xF0)
@@ -67,15 +78,24 @@ def registers_asm(bits: int) -> tuple[str, str]:
                 # the eighth pair: two bits from A or B, the lowest from C; that of rows n + 8 three bits higher
                 for r8, (high, by, low) in enumerate(((A, 5, 6), (B, 2, 4))):
                     masked(out + r8, moved(high, by), 0x06 << 3 * r8)
-                    lines.append(f"lop3.b32 ${out + r8}, {moved(C, low)}, {(1 << 3 * r8) * 0x01010101:#010x}, ${out + r8}, 0xea;")
+                    bit = (1 << 3 * r8) * 0x01010101
+                    lines.append(f"lop3.b32 ${out + r8}, {moved(C, low)}, {bit:#010x}, ${out + r8}, 0xea;")
     declared = f".reg .b32 {', '.join(temporaries)}; " if temporaries else ""
-    return "{ " + declared + "\n".join(lines) + " }", ",".join(["=&r"] * 16 + ["r"] * words(bits))
+    inputs = -(-words(bits) // 4) * 4 if signed else words(bits)
+    return "{ " + declared + "\n".join(lines) + " }", ",".join(["=&r"] * 16 + ["r"] * inputs)
 
 
-def meta_asm(bits: int, r8: int, scales_bf16: bool) -> tuple[str, str]:
+def _offset(bits: int, r8: int) -> int:
+    """What a signed register holds less than an unsigned one, in codes."""
+    return {8: 128, 4: 8 * r8}.get(bits, 0)
+
+
+def meta_asm(bits: int, r8: int, scales_bf16: bool, *, signed: bool = False) -> tuple[str, str]:
     """Outputs the scale as fp32 and the zero point, multiplied as the codes of these rows are; input a word of meta."""
     scale = "and.b32 $0, $2, 0xffff0000;" if scales_bf16 else "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, h; }"
     zero = "and.b32 $1, $2, 0xffff;"
+    if signed and _offset(bits, r8):
+        zero += f" sub.s32 $1, $1, {_offset(bits, r8)};"
     if r8 and shift(bits):
         zero += f" shl.b32 $1, $1, {shift(bits)};"
     return f"{scale} {zero}", "=&f,=&r,r"

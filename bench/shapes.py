@@ -39,9 +39,9 @@ def layers(model: str) -> dict[str, Shape]:
 
 
 def shapes() -> dict[Shape, list[str]]:
-    """Every distinct shape, smallest first, with the layers that have it."""
+    """Every distinct shape, largest first, with the layers that have it."""
     found: dict[Shape, list[str]] = {}
     for model in MODELS:
         for name, shape in layers(model).items():
             found.setdefault(shape, []).append(f"{model} {name}")
-    return dict(sorted(found.items(), key=lambda item: item[0].N * item[0].K))
+    return dict(sorted(found.items(), key=lambda item: -item[0].N * item[0].K))

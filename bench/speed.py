@@ -190,11 +190,8 @@ def _lost() -> bool:
 def _show(case: Case, rows: Sequence[dict[str, Any]]) -> None:
     times = ", ".join(f"{row['provider']} {row['us']:.1f}" if "us" in row else f"{row['provider']} -" for row in rows)
     fractions = [f", {row['of_floor']:.2f} of the floor" for row in rows if row["provider"] == "ours" and "us" in row]
-    order = " act-order" * case.act_order
-    print(
-        f"w{case.bits} {case.N}x{case.K} g{case.group_size}{order} {case.dtype} M={case.M}: {times}{''.join(fractions)}",
-        flush=True,
-    )
+    kind = f"g{case.group_size}{' act-order' * case.act_order} {case.dtype}"
+    print(f"w{case.bits} {case.N}x{case.K} {kind} M={case.M}: {times}{''.join(fractions)}", flush=True)
     for row in rows:
         if "error" in row:
             print(f"  {row['provider']}: {row['error']}", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from record import write
 
-IDENTITY = ("op", "M", "N", "K", "bits", "group_size", "sym", "act_order", "dtype")
+IDENTITY = ("provider", "op", "M", "N", "K", "bits", "group_size", "sym", "act_order", "dtype")
 
 
 class Ledger:
@@ -22,10 +22,19 @@ class Ledger:
         run: What the present run says about itself.
         retry: Measure again what failed.
         renew: Measure again what another commit measured.
+        identity: The fields that tell one row from another.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any], *, retry: bool = False, renew: bool = False):
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        run: dict[str, Any],
+        *,
+        retry: bool = False,
+        renew: bool = False,
+        identity: tuple[str, ...] = IDENTITY,
+    ):
+        self.path, self.identity = path, identity
         found = json.loads(path.read_text()) if path.exists() else {}
         self.runs: list[dict] = [*found.get("runs", []), run]
         self.rows: list[dict] = found.get("rows", [])
@@ -47,9 +56,8 @@ class Ledger:
         self.rows = [row for row in self.rows if self._key(row) not in keys] + fresh
         write(self.path, self.runs[-1] | {"runs": self.runs, "rows": self.rows})
 
-    @staticmethod
-    def _key(row: dict[str, Any]) -> tuple:
-        return (row["provider"], *(row.get(name) for name in IDENTITY))
+    def _key(self, row: dict[str, Any]) -> tuple:
+        return tuple(row.get(name) for name in self.identity)
 
 
 def compare(rows: list[dict[str, Any]]) -> None:

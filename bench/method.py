@@ -30,10 +30,11 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph and how many calls it holds."""
+    """A graph, or whatever else has ``replay``; how many calls it holds; what to do, untimed, before each replay."""
 
     graph: Any
     calls: int
+    reset: Callable[[], Any] = lambda: None
 
 
 def copies_of(nbytes: int) -> int:
@@ -73,6 +74,7 @@ def interleaved(captured: Mapping[str, Captured], preheat: float) -> dict[str, f
     turns = 0
     while turns < 2 or time.perf_counter() - began < preheat:
         for item in captured.values():
+            item.reset()
             item.graph.replay()
         torch.cuda.synchronize()
         turns += 1
@@ -84,6 +86,7 @@ def interleaved(captured: Mapping[str, Captured], preheat: float) -> dict[str, f
         events = {}
         # another one begins each round, so that none always follows the same
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            captured[name].reset()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             captured[name].graph.replay()

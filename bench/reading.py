@@ -67,4 +67,4 @@ def summary(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _case(row: dict[str, Any]) -> tuple:
-    return tuple(row.get(name) for name in IDENTITY)
+    return tuple(row.get(name) for name in IDENTITY if name != "provider")

@@ -63,7 +63,7 @@ class Lora(nn.Module):
         return self.layer(x) + (x @ self.down.t()) @ self.up.t()
 
 
-def llama(layers: int, device: str = "cuda", **sizes: int) -> Any:
+def llama(layers: int, device: str = "cuda", **sizes: Any) -> Any:
     """Llama-3.1-8B with so many layers and random weights, float16."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 

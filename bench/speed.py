@@ -44,13 +44,13 @@ WRONG = 0.05  # a relative error that no rounding explains
 class Bench:
     """All cases of one weight: the weight in every provider's form, and what the products should be."""
 
-    def __init__(self, cases: Sequence[Case], ceilings: Ceilings):
-        self.ceilings = ceilings
+    def __init__(self, cases: Sequence[Case], ceilings: Ceilings, device: str = "cuda"):
+        self.ceilings, self.device = ceilings, device
         case = max(cases, key=lambda case: case.M)
-        self.weight = random_weight(case, "cuda")
+        self.weight = random_weight(case, device)
         features = case.K if case.op == "matmul" else case.N
-        self.x = torch.randn(case.M, features, device="cuda", dtype=getattr(torch, case.dtype))
-        self.rows = torch.cat([checked_rows(case.M) for case in cases]).unique().cuda()
+        self.x = torch.randn(case.M, features, device=device, dtype=getattr(torch, case.dtype))
+        self.rows = torch.cat([checked_rows(case.M) for case in cases]).unique().to(device)
         self.expected = exact(self.x[self.rows], self.weight, case.op)
         self.loaded: dict[str, list[Any]] = {}
 
@@ -91,7 +91,7 @@ class Bench:
 
     def _check(self, case: Case, provider: Provider) -> dict[str, Any]:
         call = provider.bind(self._layers(case, provider)[0], self.x[: case.M], case)
-        at = checked_rows(case.M).cuda()
+        at = checked_rows(case.M).to(self.device)
         rel_err = error(call()[at], self.expected[torch.searchsorted(self.rows, at)])
         if not rel_err < (1 if provider.requantizes else WRONG):
             raise ArithmeticError(f"wrong result: relative error {rel_err:.3g}")

@@ -31,6 +31,8 @@ bench-speed: $(STAMPS)/bench  ## time of every product beside other projects, an
 	$(RUN)/python bench/host.py
 	$(RUN)/python bench/e2e.py
 	$(RUN)/python bench/targets.py
+	$(RUN)/python bench/plots.py
+	$(RUN)/python bench/tables.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

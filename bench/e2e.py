@@ -188,7 +188,10 @@ def measure(job: str, kinds: dict[str, Any]) -> list[dict[str, Any]]:
                 captured[kind] = prefill(model)
             else:
                 captured[kind] = lora(model)
+            captured[kind].graph.replay()
+            torch.cuda.synchronize()
         except Exception as problem:  # the other kinds go on
+            captured.pop(kind, None)
             row["error"] = f"{type(problem).__name__}: {problem}".replace("\n", " ")[:300]
             print(kind, row["error"], flush=True)
         row["setup_s"] = round(time.perf_counter() - began, 1)

@@ -52,7 +52,9 @@ def host_us(calls: Mapping[str, Callable[[], Any]], synchronize: Callable[[], No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], metavar="KEY=A,B", help=only.__doc__)
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="KEY=A,B", help="model, shape, m, bits, group, dtype, act_order"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     ledger = Ledger(options.out or folder() / "host.json", provenance(METHOD), renew=True)

@@ -33,7 +33,12 @@ def draw(path: Path, lines: dict[int, list], title: str, baseline: float) -> Non
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "gptq_triton", "svg.fonttype": "none", "font.size": 9}
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "gptq_triton",
+        "svg.fonttype": "none",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 9,
+    }
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")

@@ -2,7 +2,7 @@
 
     python bench/speed.py decode                                  # all of it, into bench/results/<gpu>/decode.json
     python bench/speed.py decode --only bits=4 m=1,16 --seconds 300
-    python bench/speed.py decode --only shape=4096x4096 --providers ours cublas gemlite
+    python bench/speed.py decode --only shape=4096x4096 m=1,16,64 --providers gemlite
 
 A run adds the cases that its file lacks and saves after each, so it may be stopped at any time and started
 again; with --seconds it stops by itself. What fails is recorded with its error and is not tried again without
@@ -158,7 +158,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=sorted(SUITES))
-    parser.add_argument("--only", nargs="*", default=[], metavar="KEY=A,B", help=only.__doc__)
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="KEY=A,B", help="model, shape, m, bits, group, dtype, act_order"
+    )
     parser.add_argument("--providers", nargs="*", choices=sorted(PROVIDERS), help="default: depends on the suite")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many seconds")
     parser.add_argument("--retry", action="store_true", help="measure again what failed")

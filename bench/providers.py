@@ -21,9 +21,10 @@ from torch import Tensor
 from weights import codes_of, dense
 
 from gptq_triton import ops
-from gptq_triton.dispatch import choose
+from gptq_triton.dispatch import Problem, choose
+from gptq_triton.layout import ONE_GROUP, STEP, STRIP, tile_weight
 from gptq_triton.packing import PackedWeight
-from gptq_triton.spec import QuantSpec
+from gptq_triton.product import gpu
 
 
 class Provider:
@@ -65,7 +66,7 @@ class Ours(Provider):
     name = "ours"
 
     def load(self, weight: PackedWeight, case: Case, copies: int) -> list[Any]:
-        tiled = importlib.import_module("gptq_triton.layout").tile_weight(weight)
+        tiled = tile_weight(weight)
         return [_clone(tiled) for _ in range(copies)]
 
     def bind(self, layer: Any, x: Tensor, case: Case) -> Callable[[], Tensor]:
@@ -73,16 +74,11 @@ class Ours(Provider):
         return lambda: product(x, layer)
 
     def plan(self, case: Case) -> str | None:
-        major, minor = torch.cuda.get_device_capability()
-        plan = choose(
-            case.M,
-            case.N,
-            case.K,
-            QuantSpec(case.bits, case.group_size, sym=case.sym, desc_act=case.act_order),
-            getattr(torch, case.dtype),
-            f"sm_{major}{minor}",
-            transposed=case.op == "matmul_transposed",
+        columns = ONE_GROUP if case.group_size == -1 else case.group_size
+        problem = Problem(
+            case.M, -(-case.N // STRIP), -(-case.K // STEP), case.bits, columns, getattr(torch, case.dtype), True, *gpu(0)
         )
+        plan = choose(problem, transposed=case.op == "matmul_transposed")
         return " ".join(f"{key}={value}" for key, value in dataclasses.asdict(plan).items())
 
 

@@ -1,15 +1,12 @@
 """Which kernel, with which tiles: plain values, no tensors, testable without a GPU.
 
-`choose` estimates; where a table of measured plans has the case, the table decides (`tuned`).
+`choose` estimates. Where a table of measured plans has the case, the table decides instead (`tables.py`).
 """
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from importlib import resources
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +39,11 @@ class Problem:
     half_scales: bool
     arch: str
     multiprocessors: int
+
+    @property
+    def takes_digits(self) -> bool:
+        """Whether the kernels over integer digits of x can run it, M aside."""
+        return self.capability >= 80 and self.half_scales and self.dtype in (torch.float16, torch.bfloat16)
 
     @property
     def capability(self) -> int:
@@ -108,14 +110,11 @@ def choose(problem: Problem, *, transposed: bool = False, batch_invariant: bool 
     """
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"dtype must be float16, bfloat16 or float32 on a GPU, got {problem.dtype}")
-    integer = problem.capability >= 80 and problem.dtype != torch.float32 and problem.half_scales and not transposed
-    if integer and batch_invariant:
+    digits = problem.takes_digits and not transposed
+    if digits and batch_invariant:
         fixed = min(_decode(replace(problem, M=ROWS_OF_DECODE)), key=lambda plan: _microseconds(problem, plan))
         return replace(fixed, tiles=1 if problem.M <= 4 else 2)
-    if integer and problem.M <= ROWS_OF_WIDE:
-        found = tuned(problem)
-        if found is not None:
-            return found
+    if digits and problem.M <= (ROWS_OF_WIDE if problem.capability == 90 else 2 * ROWS_OF_DECODE):
         return min(candidates(problem), key=lambda plan: _microseconds(problem, plan))
     per_strip = 16 * problem.steps * 128 * problem.dtype.itemsize
     return DequantizePlan(max(1, SLAB_BYTES // per_strip))
@@ -123,9 +122,9 @@ def choose(problem: Problem, *, transposed: bool = False, batch_invariant: bool 
 
 def candidates(problem: Problem) -> Iterator[DecodePlan | WidePlan]:
     """Every plan worth timing."""
-    if problem.M <= ROWS_OF_DECODE or problem.capability != 90:
+    if problem.M <= 16:
         yield from _decode(problem)
-    else:
+    if problem.M > ROWS_OF_DECODE and problem.capability == 90:
         yield from _wide(problem)
 
 
@@ -187,32 +186,3 @@ def _microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
         # arithmetic takes longer than the weight's arrival
         work = max(work, problem.strips * problem.steps * (60 + 10 * plan.block_m) / (4 * problem.multiprocessors * 1.7e3) * busiest)
     return work + 0.4 * waves + (0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split)
-
-
-def tuned(problem: Problem) -> DecodePlan | WidePlan | None:
-    """The measured plan for this case, if the shipped table has one."""
-    table = _table(problem.arch, problem.multiprocessors)
-    found = table.get(key(problem))
-    return None if found is None else plan_from(found)
-
-
-def key(problem: Problem) -> str:
-    """What a measured plan depends on, as tables name it."""
-    rows = next(r for r in (4, 8, 16, 32, 64) if problem.M <= r)
-    return f"{problem.strips * 16}x{problem.steps * 128} w{problem.bits} g{problem.group_columns} m{rows}"
-
-
-def plan_from(record: dict) -> DecodePlan | WidePlan:
-    """The inverse of ``dataclasses.asdict``."""
-    return DecodePlan(**record) if "tiles" in record else WidePlan(**record)
-
-
-@functools.cache
-def _table(arch: str, multiprocessors: int) -> dict[str, dict]:
-    file = resources.files(__package__) / "tuned" / f"{arch}-{multiprocessors}.json"
-    return json.loads(file.read_text())["plans"] if file.is_file() else {}
-
-
-def record(plans: dict[str, DecodePlan | WidePlan]) -> dict[str, dict]:
-    """Plans as a table holds them."""
-    return {name: asdict(plan) for name, plan in plans.items()}

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import ops, product, reference
 from .layers import weight_of
 from .layout import TiledWeight, tile_weight, untile_weight
 from .packing import (
@@ -213,6 +213,7 @@ class QuantLinear(nn.Module):
         Scales of 64 bits have no tiles: such a layer stays as it is, and is multiplied by the reference.
         """
         if self._tiles is None and self.qweight.is_cuda and self.scales.dtype != torch.float64:
+            product.reserve(self.qweight.get_device())
             self._tiles = tile_weight(self.weight_packed)
             for name in _PACKED:
                 self._buffers[name] = None

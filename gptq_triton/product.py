@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, tables
 from .dispatch import DecodePlan, DequantizePlan, Problem, WidePlan
 from .layout import TiledWeight, dequantize_tiles
 
@@ -34,7 +35,7 @@ def _multiply(x: Tensor, bias: Tensor | None, weight: TiledWeight, y: Tensor, ba
     M, K = x.shape
     stride = x.stride(0)
     address = x.data_ptr()
-    call = _call(
+    launch = _launch(
         M,
         K,
         weight.N,
@@ -50,14 +51,38 @@ def _multiply(x: Tensor, bias: Tensor | None, weight: TiledWeight, y: Tensor, ba
         x.get_device(),
         batch_invariant,
     )
-    if call is None:
+    if launch is None:
         _by_floats(x, bias, weight, y)
     else:
-        call(address, stride, bias, weight, y)
+        launch(address, stride, bias, weight, y)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the tensors of a product are, as far as a compiled launch depends on it.
+
+    Attributes:
+        K: Columns of x.
+        N: Columns of y.
+        bias: Dtype of the bias, or None.
+        scales_bf16: Whether scales are bfloat16, not float16.
+        ordered: Whether the weight has an order.
+        aligned: Whether rows of x start at multiples of 16 bytes.
+    """
+
+    K: int
+    N: int
+    bias: torch.dtype | None
+    scales_bf16: bool
+    ordered: bool
+    aligned: bool
+
+
+Launch = Callable[[int, int, "Tensor | None", TiledWeight, Tensor], None]
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _call(
+def _launch(
     M: int,
     K: int,
     N: int,
@@ -66,80 +91,93 @@ def _call(
     bits: int,
     group_columns: int,
     dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
-    scale_dtype: torch.dtype,
+    bias: torch.dtype | None,
+    scales: torch.dtype,
     ordered: bool,
     aligned: bool,
     device: int,
     batch_invariant: bool,
-) -> Callable[[int, int, Tensor | None, TiledWeight, Tensor], None] | None:
-    """Everything about a product that its tensors do not change; None where W goes through floats."""
-    arch, multiprocessors = gpu(device)
-    half_scales = scale_dtype != torch.float32
-    problem = Problem(M, strips, steps, bits, group_columns, dtype, half_scales, arch, multiprocessors)
-    plan = dispatch.choose(problem, batch_invariant=batch_invariant)
+) -> Launch | None:
+    """Everything about a product that its values do not change; None where W goes through floats."""
+    problem = Problem(M, strips, steps, bits, group_columns, dtype, scales != torch.float32, *gpu(device))
+    plan = None if batch_invariant else tables.lookup(gpu_name(device), problem)
+    plan = plan or dispatch.choose(problem, batch_invariant=batch_invariant)
     if isinstance(plan, DequantizePlan):
         return None
+    operands = Operands(K, N, bias, scales == torch.bfloat16, ordered, aligned)
+    launch = prepare_launch(problem, plan, operands, device)
+    if torch.cuda.device_count() == 1:
+        return launch
+
+    def guarded(*arguments: Any) -> None:
+        with torch.cuda.device(device):
+            launch(*arguments)
+
+    return guarded
+
+
+def prepare_launch(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
+    """Compile a plan.
+
+    Returns:
+        ``launch(address of x, its row stride, bias, weight, y)``, on the current stream of the device.
+    """
     from .kernels.decode import prepare_decode
     from .kernels.digits import STEPS, prepare_digits
     from .kernels.wide import prepare_wide
 
-    subgroups = max(1, 128 // group_columns)
-    pdl = problem.capability >= 90
-    programs = -(-strips // plan.strips_of_program)
-    common = {"bits": bits, "scales_bf16": scale_dtype == torch.bfloat16, "group_columns": group_columns, "pdl": pdl}
-    if isinstance(plan, WidePlan):
-        tiles, rows = 0, plan.block_m
-        main = prepare_wide(device, dtype, bias_dtype, **common, **asdict(plan))
-    else:
-        tiles, rows = plan.tiles, 4 * plan.tiles
-        main = prepare_decode(device, dtype, bias_dtype, **common, **asdict(plan))
-    split_x = prepare_digits(
+    M, strips, steps, split = problem.M, problem.strips, problem.steps, plan.split
+    K, subgroups, pdl = operands.K, max(1, 128 // problem.group_columns), problem.capability >= 90
+    prepare = prepare_wide if isinstance(plan, WidePlan) else prepare_decode
+    multiply = prepare(
         device,
-        dtype,
-        ordered=ordered,
-        aligned=aligned,
+        problem.dtype,
+        operands.bias,
+        bits=problem.bits,
+        scales_bf16=operands.scales_bf16,
+        group_columns=problem.group_columns,
+        pdl=pdl,
+        **asdict(plan),
+    )
+    rows = plan.block_m if isinstance(plan, WidePlan) else 4 * plan.tiles
+    digits_of_x = prepare_digits(
+        device,
+        problem.dtype,
+        ordered=operands.ordered,
+        aligned=operands.aligned,
         subgroups=subgroups,
-        tiles=tiles,
+        tiles=0 if isinstance(plan, WidePlan) else plan.tiles,
         rows=rows if isinstance(plan, WidePlan) else 0,
         pdl=pdl,
     )
-    # one allocation, in words: digits, sums, workspace
+    programs = -(-strips // plan.strips_of_program)
+    # one piece of memory, in words: digits, sums, workspace
     digit_words = steps * rows * 64
-    sum_words = steps * 2 * subgroups * (rows if isinstance(plan, WidePlan) else 32 * tiles)
-    partial_words = plan.split * programs * 16 * plan.strips_of_program * rows if plan.split > 1 else 0
-    if plan.split > 1 and not torch.cuda.is_current_stream_capturing():
-        _counters_of(device)  # while memory may be zeroed for good
-    grid_x = -(-steps // STEPS)
-    split = plan.split
-    where = torch.device("cuda", device)
+    sum_words = steps * 2 * subgroups * (rows if isinstance(plan, WidePlan) else 8 * rows)
+    partial_words = split * programs * 16 * plan.strips_of_program * rows if split > 1 else 0
+    words = digit_words + sum_words + partial_words
+    grid = -(-steps // STEPS)
+    scratch = _scratch(device)
 
-    def call(x: int, stride_x: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
-        scratch = torch.empty(digit_words + sum_words + partial_words, dtype=torch.int32, device=where)
-        digits = scratch.data_ptr()
-        sums = digits + 4 * digit_words
+    def launch(x: int, stride_x: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
         order = weight.order
-        split_x(
-            grid_x, M, stream,
-            x, None if order is None else order.data_ptr(), digits, sums, M, K, steps, stride_x,
-        )  # fmt: skip
-        main(
-            programs, split, stream,
-            digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(), None if bias is None else bias.data_ptr(),
-            y.data_ptr(), sums + 4 * sum_words if split > 1 else None,
-            counters(device, stream, programs) if split > 1 else None,
-            M, N, steps, strips, y.stride(0),
-        )  # fmt: skip
+        with scratch.lock:  # the two launches belong together
+            digits, counters = scratch.get(stream, words, programs)
+            sums = digits + 4 * digit_words
+            digits_of_x(
+                grid, M, stream,
+                x, None if order is None else order.data_ptr(), digits, sums, M, K, steps, stride_x,
+            )  # fmt: skip
+            multiply(
+                programs, split, stream,
+                digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(),
+                None if bias is None else bias.data_ptr(), y.data_ptr(),
+                sums + 4 * sum_words if split > 1 else None, counters if split > 1 else None,
+                M, operands.N, steps, strips, y.stride(0),
+            )  # fmt: skip
 
-    if torch.cuda.device_count() == 1:
-        return call
-
-    def guarded(*arguments: Any) -> None:
-        with torch.cuda.device(device):
-            call(*arguments)
-
-    return guarded
+    return launch
 
 
 def _by_floats(x: Tensor, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -161,41 +199,55 @@ def gpu(device: int) -> tuple[str, int]:
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-class _Counters:
-    """Zeros that kernels leave at zero: launches of one stream follow each other and share them."""
+@functools.cache
+def gpu_name(device: int) -> str:
+    """The name of a GPU, as tables and folders are called: "h200"."""
+    return torch.cuda.get_device_name(device).removeprefix("NVIDIA ").lower().replace(" ", "-")
 
-    SIZE = 1 << 14
+
+class _Scratch:
+    """Memory of a GPU that outlives a launch.
+
+    Launches of one stream follow each other, so they share it. A captured launch may be replayed on any stream, beside
+    anything: it has scratch memory of its graph's and counters of its own for ever.
+    """
+
+    COUNTERS = 1 << 14
     CAPTURED = 1 << 21
 
     def __init__(self, device: int) -> None:
         self.device = torch.device("cuda", device)
-        self.streams: dict[int, Tensor] = {}
-        # a captured launch keeps its own for ever: graphs may be replayed on any stream, beside anything
+        self.words: dict[int, Tensor] = {}
+        self.zeros: dict[int, Tensor] = {}
         self.captured = torch.zeros(self.CAPTURED, dtype=torch.int32, device=self.device)
         torch.cuda.current_stream(self.device).synchronize()
         self.used = 0
+        self.lock = threading.Lock()
 
-    def of_stream(self, stream: int) -> int:
-        if stream not in self.streams:
-            self.streams[stream] = torch.zeros(self.SIZE, dtype=torch.int32, device=self.device)
-        return self.streams[stream].data_ptr()
+    def get(self, stream: int, words: int, counters: int) -> tuple[int, int]:
+        """Addresses of uninitialized words and of zeroed counters, which the kernel leaves at zero."""
+        if torch.cuda.is_current_stream_capturing():
+            memory = torch.empty(words, dtype=torch.int32, device=self.device)
+            if self.used + counters > self.CAPTURED:  # rare: zeroed by every replay
+                return memory.data_ptr(), torch.zeros(counters, dtype=torch.int32, device=self.device).data_ptr()
+            self.used += counters
+            return memory.data_ptr(), self.captured.data_ptr() + 4 * (self.used - counters)
+        memory = self.words.get(stream)
+        if memory is None or len(memory) < words:
+            memory = self.words[stream] = torch.empty(words, dtype=torch.int32, device=self.device)
+        zeros = self.zeros.get(stream)
+        if zeros is None or len(zeros) < counters:
+            zeros = self.zeros[stream] = torch.zeros(
+                max(counters, self.COUNTERS), dtype=torch.int32, device=self.device
+            )
+        return memory.data_ptr(), zeros.data_ptr()
 
-    def of_capture(self, count: int) -> int:
-        if self.used + count > self.CAPTURED:  # rare: zeroed by every replay
-            return torch.zeros(count, dtype=torch.int32, device=self.device).data_ptr()
-        self.used += count
-        return self.captured.data_ptr() + 4 * (self.used - count)
+
+def reserve(device: int) -> None:
+    """Allocate what cannot be allocated while a CUDA graph is captured."""
+    _scratch(device)
 
 
 @functools.cache
-def _counters_of(device: int) -> _Counters:
-    return _Counters(device)
-
-
-def counters(device: int, stream: int, count: int) -> int:
-    """The address of ``count`` int32 zeros for a launch on this stream."""
-    if torch.cuda.is_current_stream_capturing():
-        return _counters_of(device).of_capture(count)
-    if count > _Counters.SIZE:
-        return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
-    return _counters_of(device).of_stream(stream)
+def _scratch(device: int) -> _Scratch:
+    return _Scratch(device)

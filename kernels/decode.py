@@ -4,7 +4,7 @@
 
 where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. Codes go
 from memory straight to the registers that feed the tensor cores, one mask for four codes (integer_ptx.py); they never
-touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N rows of W and one of SPLIT
+touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N rows of W and one of several
 ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128 columns). Partial sums meet in
 shared memory, then in a workspace, where the last program to arrive adds them in a fixed order.
 
@@ -155,7 +155,7 @@ def _step(
 def decode_kernel(
     digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr, M, N, steps, strips, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
-    DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLIT: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
+    DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
     PDL: gl.constexpr, L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr,
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program."""
@@ -169,9 +169,10 @@ def decode_kernel(
     # Which tile is mine: strips S * pid_n ..., rounds lo ... hi of WARPS_K steps
     pid_n = gl.program_id(0)
     pid_k = gl.program_id(1)
+    split = gl.num_programs(1)
     rounds = (steps + WARPS_K - 1) // WARPS_K
-    lo = rounds * pid_k // SPLIT
-    hi = rounds * (pid_k + 1) // SPLIT
+    lo = rounds * pid_k // split
+    hi = rounds * (pid_k + 1) // split
     end = gl.minimum(hi * WARPS_K, steps)
     last = gl.maximum(end - 1, 0)
 
@@ -235,7 +236,7 @@ def decode_kernel(
         side = 1 - side
     async_copy.wait_group(0)
 
-    # Epilogue: add the WARPS_K partial sums, then those of the SPLIT programs in a fixed order
+    # Epilogue: add the WARPS_K partial sums, then those of all programs in a fixed order
     partial = gl.allocate_shared_memory(gl.float32, [2 * TILES, WARPS_K, S * 32], FLAT)
     for c in gl.static_range(2 * TILES):
         part = acc[c] * T.higher if c % 2 else acc[c]
@@ -243,20 +244,20 @@ def decode_kernel(
     _barrier()
     offs_j = gl.arange(0, S * 32, gl.SliceLayout(0, YL))
     mine = True
-    if SPLIT > 1:
+    if SPLITS:
         tile_ptr = workspace_ptr + pid_n * (2 * TILES * S * 32) + offs_j
         split_stride = gl.num_programs(0) * (2 * TILES * S * 32)
         for c in gl.static_range(2 * TILES):
             gl.store(tile_ptr + pid_k * split_stride + c * S * 32, gl.sum(partial.index(c).load(YL), 0))
         _barrier()
-        mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == SPLIT - 1
+        mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == split - 1
         if mine:
             gl.store(counters_ptr + pid_n, 0)
     if mine:
         for c in gl.static_range(2 * TILES):
-            if SPLIT > 1:
+            if SPLITS:
                 y = gl.load(tile_ptr + c * S * 32, cache_modifier=".cg")
-                for j in gl.static_range(1, SPLIT):
+                for j in range(1, split):
                     y += gl.load(tile_ptr + j * split_stride + c * S * 32, cache_modifier=".cg")
             else:
                 y = gl.sum(partial.index(c).load(YL), 0)
@@ -279,7 +280,7 @@ def _bits(size: int) -> list[int]:
 
 @functools.cache
 def constants(
-    bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
+    bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, splits: bool,
     group_columns: int, pdl: bool,
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
@@ -293,7 +294,7 @@ def constants(
     in_k = [[k, 0, 0] for k in _bits(warps_k)]
     return {
         "T": _Text(bits, scales_bf16, subgroups), "TILES": tiles, "STRIPS": strips, "WARPS_N": warps_n,
-        "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLIT": split, "GROUP_STEPS": max(1, group_columns // 128),
+        "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits, "GROUP_STEPS": max(1, group_columns // 128),
         "SUBGROUPS": subgroups, "PDL": pdl,
         "L": _linear([[0, s, 0] for s in rest], [[0, 0, b] for b in _bits(32)], [[0, s, 0] for s in here] + in_k, [warps_k, S, 32]),
         "DL": _linear([[0, 0, 1], [0, 0, 2], [0, 1, 0]], [[0, 0, 4 * b] for b in _bits(32)], same + in_k, [warps_k, 2, 128]),
@@ -339,7 +340,7 @@ def prepare_decode(
         - workspace: float32, split * programs * 64 * tiles * strips * warps_n elements; None when split is 1.
         - counters: int32, a zero for each of ``programs``, left at zero; None when split is 1.
     """
-    names = constants(bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split, group_columns, pdl)
+    names = constants(bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, group_columns, pdl)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     pointers = (*[torch.int32] * 4, bias, dtype, *meeting)
     return prepare(decode_kernel, device, pointers, 5, names, num_warps=warps_n * warps_k, launch_pdl=pdl)

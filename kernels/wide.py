@@ -4,7 +4,7 @@
 
 As in decode.py, x comes as two signed digits (digits.py) and codes go from memory to registers, a mask for four codes.
 Here the registers are the A operand of ``wgmma.m64nNk32`` and the digits, which all warps share, its B operand in shared
-memory, so the product runs beside the masks and sums of other warps. A program owns 16 * WARPS rows of W and one of SPLIT
+memory, so the product runs beside the masks and sums of other warps. A program owns 16 * WARPS rows of W and one of several
 ranges of k; partial sums meet in a workspace, where the last program to arrive adds them in a fixed order.
 
 Dispatch picks it for M <= 64 where decode.py does not go. Source: this project.
@@ -145,7 +145,7 @@ def _step(acc, q, meta, digits, sums, T: gl.constexpr, BM: gl.constexpr, TILE: g
 )
 def wide_kernel(
     digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr, M, N, steps, strips, stride_ym,
-    T: gl.constexpr, BM: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLIT: gl.constexpr,
+    T: gl.constexpr, BM: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr,
     GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr, ML: gl.constexpr,
     ZL: gl.constexpr, CL: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
@@ -159,8 +159,9 @@ def wide_kernel(
     # Which tile is mine: strips WARPS * pid_n ..., steps lo ... hi
     pid_n = gl.program_id(0)
     pid_k = gl.program_id(1)
-    lo = steps * pid_k // SPLIT
-    hi = steps * (pid_k + 1) // SPLIT
+    split = gl.num_programs(1)
+    lo = steps * pid_k // split
+    hi = steps * (pid_k + 1) // split
     last = gl.maximum(hi - 1, 0)
 
     # First pointers. Loads of W stay inside (clamped, not masked)
@@ -223,7 +224,7 @@ def wide_kernel(
         side = 1 - side
     async_copy.wait_group(0)
 
-    # Epilogue: the partial sums of the SPLIT programs in a fixed order
+    # Epilogue: the partial sums of all programs in a fixed order
     S0: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, P))))
     S1: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, P))))
     S2: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, P))))
@@ -239,20 +240,20 @@ def wide_kernel(
     factor = gl.where(in_r > 0, T.higher, 1.0)
     mine = True
     PARTIAL: gl.constexpr = 16 * WARPS * TILE
-    if SPLIT > 1:
+    if SPLITS:
         tile_ptr = workspace_ptr + pid_n * (PARTIAL * (BM // TILE)) + offs_p
         split_stride = gl.num_programs(0) * (PARTIAL * (BM // TILE))
         for tile in gl.static_range(BM // TILE):
             gl.store(tile_ptr + pid_k * split_stride + tile * PARTIAL, acc[tile])
         _barrier()
-        mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == SPLIT - 1
+        mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == split - 1
         if mine:
             gl.store(counters_ptr + pid_n, 0)
     if mine:
         for tile in gl.static_range(BM // TILE):
-            if SPLIT > 1:
+            if SPLITS:
                 y = gl.load(tile_ptr + tile * PARTIAL, cache_modifier=".cg")
-                for j in gl.static_range(1, SPLIT):
+                for j in range(1, split):
                     y += gl.load(tile_ptr + j * split_stride + tile * PARTIAL, cache_modifier=".cg")
             else:
                 y = acc[tile]
@@ -265,14 +266,14 @@ def wide_kernel(
 
 @functools.cache
 def constants(
-    bits: int, scales_bf16: bool, block_m: int, warps: int, depth: int, chunk: int, split: int, group_columns: int, pdl: bool
+    bits: int, scales_bf16: bool, block_m: int, warps: int, depth: int, chunk: int, splits: bool, group_columns: int, pdl: bool
 ) -> dict:
     """The constexpr arguments of the kernel for a plan."""
     subgroups = max(1, 128 // group_columns)
     tile = min(block_m, 32)
     t, g = _bits(4), _bits(8)
     return {
-        "T": _Text(bits, scales_bf16), "BM": block_m, "TILE": tile, "WARPS": warps, "DEPTH": depth, "CHUNK": chunk, "SPLIT": split,
+        "T": _Text(bits, scales_bf16), "BM": block_m, "TILE": tile, "WARPS": warps, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
         "GROUP_STEPS": max(1, group_columns // 128), "SUBGROUPS": subgroups, "PDL": pdl,
         "L": _linear([[0, 0, 1], [0, 0, 2]], [[0, b, 0] for b in _bits(32)], [[w, 0, 0] for w in _bits(warps)], [warps, 32, 4]),
         "ML": _linear([], [[0, 0]] * 2 + [[0, b] for b in g], [[w, 0] for w in _bits(warps)], [warps, 8]),
@@ -311,7 +312,7 @@ def prepare_wide(
         stride_ym)``, with ``programs = ceil(all_strips / warps)``; tensors as `decode.prepare_decode` says, M at most
         block_m, the workspace of split * programs * 16 * warps * block_m elements.
     """
-    names = constants(bits, scales_bf16, block_m, warps, depth, chunk, split, group_columns, pdl)
+    names = constants(bits, scales_bf16, block_m, warps, depth, chunk, split > 1, group_columns, pdl)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     pointers = (*[torch.int32] * 4, bias, dtype, *meeting)
     return prepare(wide_kernel, device, pointers, 5, names, num_warps=warps, launch_pdl=pdl)

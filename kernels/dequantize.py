@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .unpack import columns128, load_fragments, load_metas, unpack_ptx
+from .unpack import columns128, load_fragments, load_metas
+from .unpack_ptx import unpack_ptx
 
 
 @triton.jit
@@ -78,7 +79,6 @@ def dequantize(
     scales_bf16: bool,
     first_strip: int = 0,
     ptx: bool,
-    strips: int = 4,
     num_warps: int = 4,
 ) -> None:
     """Launch on the current device and stream; out is overwritten.
@@ -94,12 +94,11 @@ def dequantize(
         scales_bf16: Scales in meta are bfloat16, not float16.
         first_strip: Where out starts.
         ptx: Unpack with PTX; NVIDIA only.
-        strips: Of a program, a power of two.
-        num_warps: Warps per program.
+        num_warps: Warps per program, a strip for each.
     """
     (rows, C), steps = out.shape, words.shape[1]
     asm, constraints = unpack_ptx(bits, bf16=False) if ptx else (None, None)
-    programs = triton.cdiv(rows, 16 * strips) * triton.cdiv(C, 128)
+    programs = triton.cdiv(rows, 16 * num_warps) * triton.cdiv(C, 128)
     dequantize_kernel[(programs,)](
         words_ptr=words,
         meta_ptr=meta,
@@ -118,6 +117,6 @@ def dequantize(
         SCALES_BF16=scales_bf16,
         ASM=asm,
         CONSTRAINTS=constraints,
-        STRIPS=strips,
+        STRIPS=num_warps,
         num_warps=num_warps,  # pyright: ignore[reportCallIssue] an option of the launch
     )

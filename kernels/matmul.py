@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .unpack import by_row, columns32, columns64, columns128, load_fragments, load_meta, load_metas, unpack_ptx
+from .unpack import by_row, columns32, columns64, columns128, load_fragments, load_meta, load_metas
+from .unpack_ptx import unpack_ptx
 
 
 @triton.jit

@@ -54,16 +54,15 @@ def matmul_kernel(
     CONSTRAINTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
-    """One (BLOCK_N, BLOCK_M) tile of y.T, or the part of it that one of SPLIT ranges of steps adds."""
+    """One (BLOCK_N, BLOCK_M) tile of y.T, or the part of it that a range of steps adds."""
     # Which tile is mine: neighbours share weights, so these come from L2
     S: tl.constexpr = BLOCK_N // 16
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
-    pid, part = tl.program_id(0), tl.program_id(1)
+    pid, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     first_m, first_strip = pid % tiles_m * BLOCK_M, pid // tiles_m * S
-    first, last = steps * part // SPLIT, steps * (part + 1) // SPLIT
+    first, last = steps * part // parts, steps * (part + 1) // parts
 
     # First pointers; rows past M and strips past the last read the last one again, and are not stored
     strip = tl.minimum(tl.arange(0, S), strips - 1 - first_strip)
@@ -102,16 +101,16 @@ def matmul_kernel(
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_strip * 16 + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[None, :] & (offs_n < N)[:, None]
-    if SPLIT > 1:
+    if workspace_ptr is not None:
         part_ptrs = workspace_ptr + offs_m.to(tl.int64)[None, :] * (strips * 16) + offs_n[:, None]
         stride_part = M.to(tl.int64) * (strips * 16)
         tl.store(part_ptrs + part * stride_part, acc, mask=mask)
         tl.debug_barrier()  # every thread's part is stored before it counts
-        is_last = tl.atomic_add(counters_ptr + pid, 1, sem="acq_rel") == SPLIT - 1
+        is_last = tl.atomic_add(counters_ptr + pid, 1, sem="acq_rel") == parts - 1
         tl.store(counters_ptr + pid, 0, mask=is_last)
         mask &= is_last
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for i in range(0, tl.where(is_last, SPLIT, 0)):
+        for i in range(0, tl.where(is_last, parts, 0)):
             acc += tl.load(part_ptrs + i * stride_part, mask=mask, other=0, cache_modifier=".cg")
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0).to(tl.float32)[:, None]
@@ -196,6 +195,5 @@ def matmul(
         CONSTRAINTS=constraints,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        SPLIT=split,
         **options,
     )

@@ -73,7 +73,6 @@ class DecodePlan:
 class WidePlan:
     """Tiles of `kernels/wide.py`."""
 
-    block_m: int
     warps: int
     depth: int
     chunk: int
@@ -86,14 +85,36 @@ class WidePlan:
 
 
 @dataclass(frozen=True)
+class MatmulPlan:
+    """Tiles of `kernels/matmul.py`."""
+
+    block_m: int
+    block_n: int
+    split: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+    ptx: bool = True
+
+    @property
+    def strips_of_program(self) -> int:
+        """Strips that a program owns."""
+        return self.block_n // 16
+
+
+@dataclass(frozen=True)
 class DequantizePlan:
     """W as floats in a workspace, slab by slab, then the vendor's product."""
 
     strips: int  # of a slab
 
 
-Plan = DecodePlan | WidePlan | DequantizePlan
+FusedPlan = DecodePlan | WidePlan | MatmulPlan
+Plan = FusedPlan | DequantizePlan
 
+ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
+ROWS_OF_DIGITS = 16
+ROWS_OF_MATMUL = 192  # beyond, W as floats pays off: measured on an H200 between 128 (4096 x 4096) and 400 (8192 x 28672)
 SLAB_BYTES = 256 << 20  # of W as floats at a time
 
 
@@ -110,22 +131,25 @@ def choose(problem: Problem, *, transposed: bool = False, batch_invariant: bool 
     """
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"dtype must be float16, bfloat16 or float32 on a GPU, got {problem.dtype}")
-    digits = problem.takes_digits and not transposed
-    if digits and batch_invariant:
-        fixed = min(_decode(replace(problem, M=ROWS_OF_DECODE)), key=lambda plan: _microseconds(problem, plan))
-        return replace(fixed, tiles=1 if problem.M <= 4 else 2)
-    if digits and problem.M <= (ROWS_OF_WIDE if problem.capability == 90 else 2 * ROWS_OF_DECODE):
-        return min(candidates(problem), key=lambda plan: _microseconds(problem, plan))
-    per_strip = 16 * problem.steps * 128 * problem.dtype.itemsize
-    return DequantizePlan(max(1, SLAB_BYTES // per_strip))
+    if transposed or (problem.M > ROWS_OF_MATMUL and not batch_invariant):
+        per_strip = 16 * problem.steps * 128 * problem.dtype.itemsize
+        return DequantizePlan(max(1, SLAB_BYTES // per_strip))
+    if batch_invariant:
+        # the plan for most rows, whose tiles of x may be fewer
+        most = replace(problem, M=ROWS_OF_DECODE)
+        plan = min(candidates(most), key=lambda plan: microseconds(most, plan))
+        return replace(plan, tiles=1) if isinstance(plan, DecodePlan) and problem.M <= 4 else plan
+    return min(candidates(problem), key=lambda plan: microseconds(problem, plan))
 
 
-def candidates(problem: Problem) -> Iterator[DecodePlan | WidePlan]:
+def candidates(problem: Problem) -> Iterator[FusedPlan]:
     """Every plan worth timing."""
-    if problem.M <= 16:
+    if problem.takes_digits and problem.M <= ROWS_OF_DIGITS:
         yield from _decode(problem)
-    if problem.M > ROWS_OF_DECODE and problem.capability == 90:
-        yield from _wide(problem)
+        if problem.M > ROWS_OF_DECODE and problem.capability == 90:
+            yield from _wide(problem)
+    if not problem.takes_digits or problem.M > ROWS_OF_DECODE:
+        yield from _matmul(problem)
 
 
 # (strips, warps_n, warps_k, depth, chunk) of the best tiles on an H200, by width of codes; the last one for small layers
@@ -137,13 +161,14 @@ _DECODE = {
         8: ((1, 4, 4, 2, 4), (2, 2, 8, 2, 4), (1, 2, 8, 2, 4)),
     },
     2: dict.fromkeys((2, 3, 4, 8), ((2, 2, 8, 2, 2), (2, 4, 4, 2, 4), (2, 1, 8, 2, 4))),
-    4: dict.fromkeys((2, 3, 4, 8), ((1, 8, 2, 2, 2), (2, 1, 8, 2, 2))),
+    4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
-# (warps, depth, chunk)
-_WIDE = {
-    16: {2: ((8, 4, 8), (16, 4, 8)), 3: ((8, 4, 8), (16, 4, 8)), 4: ((8, 4, 8), (16, 4, 8)), 8: ((16, 2, 4), (8, 2, 4))},
-    32: dict.fromkeys((2, 3, 4, 8), ((8, 2, 4), (16, 2, 4), (4, 2, 2))),
-    64: dict.fromkeys((2, 3, 4, 8), ((8, 2, 2), (4, 2, 2))),
+_WIDE = {2: (8, 4, 8), 3: (8, 4, 8), 4: (8, 4, 8), 8: (16, 2, 4)}  # (warps, depth, chunk)
+# rows of x up to: (block_n, warps, stages, registers, programs that fit on a multiprocessor)
+_MATMUL = {
+    16: ((128, 4, 4, 128, 4), (64, 4, 4, None, 4)),
+    32: ((128, 4, 4, 168, 3), (64, 4, 4, None, 4)),
+    64: ((128, 4, 3, None, 2), (64, 4, 3, None, 3)),
 }
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 elsewhere
@@ -158,8 +183,6 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
         room = _SHARED_MEMORY.get(problem.capability, 99) * 1024 - sums
         while chunk > 1 and 2 * chunk * warps_k * step > room:
             chunk //= 2
-        if 2 * chunk * warps_k * step > room:
-            continue
         rounds = -(-problem.steps // warps_k)
         for split in _SPLITS:
             if split <= rounds:
@@ -167,22 +190,42 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
-    block_m = 16 if problem.M <= 16 else 32 if problem.M <= 32 else 64
-    for warps, depth, chunk in _WIDE[block_m][problem.bits]:
+    warps, depth, chunk = _WIDE[problem.bits]
+    for split in _SPLITS:
+        if split <= problem.steps:
+            yield WidePlan(warps, depth, chunk, split)
+
+
+def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
+    ptx = problem.capability >= 80 and problem.dtype != torch.float32
+    block_m = next(rows for rows in (16, 32, 64) if problem.M <= rows or rows == 64)
+    for block_n, warps, stages, registers, _ in _MATMUL[block_m]:
+        if not ptx:  # room for the portable unpacking
+            block_m, block_n, stages, registers = min(block_m, 32), 64, 2, None
         for split in _SPLITS:
             if split <= problem.steps:
-                yield WidePlan(block_m, warps, depth, chunk, split)
+                yield MatmulPlan(block_m, block_n, split, warps, stages, registers, ptx)
 
 
-def _microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
-    """Estimate: the bytes of the busiest multiprocessor, filling the pipeline, meeting at the end."""
-    warps = plan.warps if isinstance(plan, WidePlan) else plan.warps_n * plan.warps_k
-    resident = max(1, 16 // warps)
-    programs = -(-problem.strips // plan.strips_of_program) * plan.split
-    waves = -(-programs // (resident * problem.multiprocessors))
-    busiest = waves * resident * problem.multiprocessors / programs
-    work = problem.strips * problem.steps * 256 * problem.bits / 4.3e6 * busiest
-    if isinstance(plan, WidePlan):
-        # arithmetic takes longer than the weight's arrival
-        work = max(work, problem.strips * problem.steps * (60 + 10 * plan.block_m) / (4 * problem.multiprocessors * 1.7e3) * busiest)
-    return work + 0.4 * waves + (0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split)
+def microseconds(problem: Problem, plan: FusedPlan) -> float:
+    """Estimate: the busiest multiprocessor's bytes or arithmetic, filling the pipeline, meeting at the end.
+
+    The constants are an H200's: 4.3 TB/s, and cycles of a warp for a strip and step as measured at 1.7 GHz.
+    """
+    blocks_m = 1
+    if isinstance(plan, DecodePlan):
+        resident, cycles = max(1, 16 // (plan.warps_n * plan.warps_k)), 70 + 30 * plan.tiles
+    elif isinstance(plan, WidePlan):
+        resident, cycles = max(1, 16 // plan.warps), 230
+    else:
+        sizes = {(block_n, stages): fit for block_n, _, stages, _, fit in _MATMUL[plan.block_m]}
+        resident, cycles = sizes.get((plan.block_n, plan.num_stages), 2), 190 + 5 * plan.block_m
+        blocks_m = -(-problem.M // plan.block_m)
+    programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
+    slots = resident * problem.multiprocessors
+    waves = -(-programs // slots)
+    busiest = waves * slots / programs
+    work = problem.strips * problem.steps * busiest
+    arrival = work * 256 * problem.bits / 4.3e6
+    arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
+    return max(arrival, arithmetic) + 0.4 * waves + (0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split)

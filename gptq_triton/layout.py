@@ -28,6 +28,7 @@ sorted by group and every group is padded; ``order`` says which column of x goes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -79,6 +80,13 @@ class TiledWeight:
     def steps(self) -> int:
         """Steps of 128 columns."""
         return self.words.shape[1]
+
+    def inverse_order(self) -> Tensor:
+        """int64 (K,), which column of the tiles belongs to each column of x; only where there is an order."""
+        order = cast(Tensor, self.order).long()
+        inverse = torch.empty(self.K + 1, dtype=torch.int64, device=order.device)
+        places = torch.where(order < 0, self.K, order)  # padding goes to a place beyond the last
+        return inverse.scatter_(0, places, torch.arange(len(order), device=order.device))[: self.K]
 
 
 def tile_weight(weight: PackedWeight) -> TiledWeight:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import dispatch, tables
-from .dispatch import DecodePlan, DequantizePlan, Problem, WidePlan
-from .layout import TiledWeight, dequantize_tiles
+from .dispatch import DecodePlan, DequantizePlan, FusedPlan, MatmulPlan, Problem, WidePlan
+from .layout import STEP, STRIP, TiledWeight
 
 
 def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant: bool = False) -> Tensor:
@@ -51,10 +51,7 @@ def _multiply(x: Tensor, bias: Tensor | None, weight: TiledWeight, y: Tensor, ba
         x.get_device(),
         batch_invariant,
     )
-    if launch is None:
-        _by_floats(x, bias, weight, y)
-    else:
-        launch(address, stride, bias, weight, y)
+    launch(x, address, bias, weight, y)
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Operands:
     aligned: bool
 
 
-Launch = Callable[[int, int, "Tensor | None", TiledWeight, Tensor], None]
+Launch = Callable[[Tensor, int, "Tensor | None", TiledWeight, Tensor], None]  # x and its address, bias, weight, y
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -97,15 +94,16 @@ def _launch(
     aligned: bool,
     device: int,
     batch_invariant: bool,
-) -> Launch | None:
-    """Everything about a product that its values do not change; None where W goes through floats."""
+) -> Launch:
+    """Everything about a product that its values do not change."""
     problem = Problem(M, strips, steps, bits, group_columns, dtype, scales != torch.float32, *gpu(device))
     plan = None if batch_invariant else tables.lookup(gpu_name(device), problem)
     plan = plan or dispatch.choose(problem, batch_invariant=batch_invariant)
-    if isinstance(plan, DequantizePlan):
-        return None
     operands = Operands(K, N, bias, scales == torch.bfloat16, ordered, aligned)
-    launch = prepare_launch(problem, plan, operands, device)
+    if isinstance(plan, DequantizePlan):
+        launch = functools.partial(_by_floats, plan, problem)
+    else:
+        launch = prepare_launch(problem, plan, operands, device)
     if torch.cuda.device_count() == 1:
         return launch
 
@@ -116,12 +114,10 @@ def _launch(
     return guarded
 
 
-def prepare_launch(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
-    """Compile a plan.
-
-    Returns:
-        ``launch(address of x, its row stride, bias, weight, y)``, on the current stream of the device.
-    """
+def prepare_launch(problem: Problem, plan: FusedPlan, operands: Operands, device: int) -> Launch:
+    """Compile a plan for the current stream of a device."""
+    if isinstance(plan, MatmulPlan):
+        return functools.partial(_matmul, plan, problem, device)
     from .kernels.decode import prepare_decode
     from .kernels.digits import STEPS, prepare_digits
     from .kernels.wide import prepare_wide
@@ -139,7 +135,7 @@ def prepare_launch(problem: Problem, plan: DecodePlan | WidePlan, operands: Oper
         pdl=pdl,
         **asdict(plan),
     )
-    rows = plan.block_m if isinstance(plan, WidePlan) else 4 * plan.tiles
+    rows = 16 if isinstance(plan, WidePlan) else 4 * plan.tiles
     digits_of_x = prepare_digits(
         device,
         problem.dtype,
@@ -159,35 +155,140 @@ def prepare_launch(problem: Problem, plan: DecodePlan | WidePlan, operands: Oper
     grid = -(-steps // STEPS)
     scratch = _scratch(device)
 
-    def launch(x: int, stride_x: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
+    def launch(x: Tensor, address: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
         order = weight.order
         with scratch.lock:  # the two launches belong together
-            digits, counters = scratch.get(stream, words, programs)
+            memory, counters = scratch.get(stream, words, programs)
+            digits = memory.data_ptr()
             sums = digits + 4 * digit_words
             digits_of_x(
                 grid, M, stream,
-                x, None if order is None else order.data_ptr(), digits, sums, M, K, steps, stride_x,
+                address, None if order is None else order.data_ptr(), digits, sums, M, K, steps, x.stride(0),
             )  # fmt: skip
             multiply(
                 programs, split, stream,
                 digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(),
                 None if bias is None else bias.data_ptr(), y.data_ptr(),
-                sums + 4 * sum_words if split > 1 else None, counters if split > 1 else None,
+                sums + 4 * sum_words if split > 1 else None, counters.data_ptr() if split > 1 else None,
                 M, operands.N, steps, strips, y.stride(0),
             )  # fmt: skip
 
     return launch
 
 
-def _by_floats(x: Tensor, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
-    w = dequantize_tiles(weight, x.dtype)
-    torch.mm(x, w, out=y) if bias is None else torch.addmm(bias.to(x.dtype), x, w, out=y)
+def _matmul(
+    plan: MatmulPlan,
+    problem: Problem,
+    device: int,
+    x: Tensor,
+    address: int,
+    bias: Tensor | None,
+    weight: TiledWeight,
+    y: Tensor,
+) -> None:
+    from .kernels.matmul import matmul
+
+    x = _in_order(x, weight)
+    programs = -(-len(x) // plan.block_m) * -(-problem.strips // plan.strips_of_program)
+    scratch = _scratch(device)
+    with scratch.lock:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        memory, counters = scratch.get(stream, plan.split * len(x) * problem.strips * STRIP, programs)
+        workspace = memory.view(torch.float32)
+        matmul(
+            x,
+            weight.words,
+            weight.meta,
+            weight.scales,
+            bias,
+            y,
+            workspace if plan.split > 1 else None,
+            counters if plan.split > 1 else None,
+            bits=problem.bits,
+            group_columns=problem.group_columns,
+            scales_bf16=weight.dtype == torch.bfloat16,
+            **asdict(plan),
+        )
+
+
+def _by_floats(
+    plan: DequantizePlan,
+    problem: Problem,
+    x: Tensor,
+    address: int,
+    bias: Tensor | None,
+    weight: TiledWeight,
+    y: Tensor,
+) -> None:
+    x = _in_order(x, weight)
+    for first, w in _slabs(plan, problem, weight, x.dtype, x.shape[1]):
+        part = y[:, first : first + len(w)]
+        if bias is None:
+            torch.mm(x, w.t(), out=part)
+        else:
+            torch.addmm(bias[first : first + len(w)].to(x.dtype), x, w.t(), out=part)
 
 
 def product_transposed(dy: Tensor, weight: TiledWeight) -> Tensor:
     """``dy @ W.T``, as `ops.matmul_transposed` says, without gradients."""
-    return dy @ dequantize_tiles(weight, dy.dtype).t()
+    columns = weight.K if weight.order is None else weight.steps * STEP
+    problem = _problem(len(dy), dy.dtype, dy.get_device(), weight)
+    plan = cast(DequantizePlan, dispatch.choose(problem, transposed=True))
+    with torch.cuda.device(dy.device):
+        if weight.strips <= plan.strips:
+            ((_, w),) = _slabs(plan, problem, weight, dy.dtype, columns)
+            dx = dy @ w
+        else:
+            total = torch.zeros(len(dy), columns, dtype=torch.float32, device=dy.device)
+            for first, w in _slabs(plan, problem, weight, dy.dtype, columns):
+                total += dy[:, first : first + len(w)] @ w
+            dx = total.to(dy.dtype)
+    if weight.order is None:
+        return dx
+    return dx[:, weight.inverse_order()]
+
+
+def _slabs(
+    plan: DequantizePlan, problem: Problem, weight: TiledWeight, dtype: torch.dtype, columns: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The first row of each slab of W.T, and the slab, (rows, columns); valid until the next one is asked for."""
+    from .kernels.dequantize import dequantize
+
+    rows = plan.strips * STRIP
+    memory = torch.empty(min(rows, weight.N), columns, dtype=dtype, device=weight.words.device)
+    for first in range(0, weight.N, rows):
+        slab = memory[: weight.N - first]
+        dequantize(
+            weight.words,
+            weight.meta,
+            weight.scales,
+            slab,
+            bits=problem.bits,
+            group_columns=problem.group_columns,
+            scales_bf16=weight.dtype == torch.bfloat16,
+            first_strip=first // STRIP,
+            ptx=problem.capability >= 80,
+        )
+        yield first, slab
+
+
+def _in_order(x: Tensor, weight: TiledWeight) -> Tensor:
+    """x with its columns in the order of the tiles."""
+    if weight.order is None:
+        return x
+    from .kernels.gather import gather
+
+    out = torch.empty(len(x), len(weight.order), dtype=x.dtype, device=x.device)
+    gather(x, weight.order, out)
+    return out
+
+
+def _problem(M: int, dtype: torch.dtype, device: int, weight: TiledWeight) -> Problem:
+    half_scales = weight.dtype != torch.float32
+    return Problem(
+        M, weight.strips, weight.steps, weight.spec.bits, weight.group_columns, dtype, half_scales, *gpu(device)
+    )
 
 
 @functools.cache
@@ -224,14 +325,14 @@ class _Scratch:
         self.used = 0
         self.lock = threading.Lock()
 
-    def get(self, stream: int, words: int, counters: int) -> tuple[int, int]:
-        """Addresses of uninitialized words and of zeroed counters, which the kernel leaves at zero."""
+    def get(self, stream: int, words: int, counters: int) -> tuple[Tensor, Tensor]:
+        """At least so many uninitialized words, and zeroed counters, which the kernel leaves at zero."""
         if torch.cuda.is_current_stream_capturing():
             memory = torch.empty(words, dtype=torch.int32, device=self.device)
             if self.used + counters > self.CAPTURED:  # rare: zeroed by every replay
-                return memory.data_ptr(), torch.zeros(counters, dtype=torch.int32, device=self.device).data_ptr()
+                return memory, torch.zeros(counters, dtype=torch.int32, device=self.device)
             self.used += counters
-            return memory.data_ptr(), self.captured.data_ptr() + 4 * (self.used - counters)
+            return memory, self.captured[self.used - counters : self.used]
         memory = self.words.get(stream)
         if memory is None or len(memory) < words:
             memory = self.words[stream] = torch.empty(words, dtype=torch.int32, device=self.device)
@@ -240,7 +341,7 @@ class _Scratch:
             zeros = self.zeros[stream] = torch.zeros(
                 max(counters, self.COUNTERS), dtype=torch.int32, device=self.device
             )
-        return memory.data_ptr(), zeros.data_ptr()
+        return memory, zeros
 
 
 def reserve(device: int) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import Any, cast
 
-from .dispatch import DecodePlan, Problem, WidePlan
+from .dispatch import DecodePlan, FusedPlan, MatmulPlan, Problem, WidePlan
 
 BUCKETS = (4, 8, 16, 32, 64)  # rows of x that share a plan, up to
 
@@ -27,17 +28,18 @@ def case(problem: Problem) -> str:
     return f"{problem.strips * 16}x{problem.steps * 128} w{problem.bits}{group} m{rows}"
 
 
-def lookup(gpu: str, problem: Problem) -> DecodePlan | WidePlan | None:
+def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
     """The measured plan for a case on a GPU, or None: the user's own before the shipped one."""
     if problem.M > BUCKETS[-1] or not problem.takes_digits:
         return None
     found = _table(gpu).get(case(problem))
     if found is None:
         return None
-    return DecodePlan(**found) if "tiles" in found else WidePlan(**found)
+    kind = DecodePlan if "tiles" in found else MatmulPlan if "block_m" in found else WidePlan
+    return kind(**cast(dict[str, Any], found))
 
 
-def save(gpu: str, plans: Mapping[str, DecodePlan | WidePlan]) -> Path:
+def save(gpu: str, plans: Mapping[str, FusedPlan]) -> Path:
     """Add plans to the user's table, whole or not at all."""
     file = user_file(gpu)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def user_file(gpu: str) -> Path:
 def _kernels() -> str:
     """A hash of the kernels' source."""
     digest = hashlib.sha256()
-    for file in sorted((resources.files(__package__) / "kernels").iterdir(), key=lambda file: file.name):
+    for file in sorted((resources.files("gptq_triton") / "kernels").iterdir(), key=lambda file: file.name):
         if file.name.endswith(".py"):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
@@ -70,7 +72,7 @@ def _kernels() -> str:
 
 @functools.cache
 def _table(gpu: str) -> dict[str, dict[str, int]]:
-    shipped = resources.files(__package__) / "tuned" / f"{gpu}.json"
+    shipped = resources.files("gptq_triton") / "tuned" / f"{gpu}.json"
     return (json.loads(shipped.read_text()) if shipped.is_file() else {}) | _read(user_file(gpu))
 
 

@@ -98,9 +98,8 @@ def digits_kernel(
         ptrs = digits_ptr + step[:, None, None] * (64 * ROWS) + t
         tl.store(ptrs + n * 32 + (word ^ n % 8) * 4, high_words, mask=mask[:, None, None])
         tl.store(ptrs + (n + 1) * 32 + (word ^ (n + 1) % 8) * 4, low_words, mask=mask[:, None, None])
-        # units, then sums; a lane 4 g + t reads all rows 4 j + t of a tile of 32 at once
-        WIDE: tl.constexpr = min(ROWS, 32)
-        place = m // WIDE * WIDE + m % 4 * (WIDE // 4) + m % WIDE // 4
+        # units, then sums; a lane 4 g + t reads all rows 4 j + t at once
+        place = m % 4 * (ROWS // 4) + m // 4
         firsts = sums_ptr + step * (2 * SUBGROUPS * ROWS) + place
         tl.store(firsts, units, mask=mask)
         tl.store(firsts[:, None] + (1 + offs_u) * ROWS, sums, mask=mask[:, None])

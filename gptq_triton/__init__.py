@@ -2,6 +2,7 @@
 
 from .checkpoint import load_quant, load_quantized, save_quantized
 from .config import QuantizeConfig
+from .conversion import convert_checkpoint
 from .inspection import inspect_checkpoint
 from .layers import find_layers
 from .linear import QuantLinear, make_quant
@@ -19,6 +20,7 @@ __all__ = [
     "QuantizeConfig",
     "Quantizer",
     "SolverOptions",
+    "convert_checkpoint",
     "estimate",
     "find_layers",
     "inspect_checkpoint",

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .atomic import check_target, replacing
 from .config import read_config
 from .files import open_checkpoint
-from .filling import bare_model, corrected, fill, places, read_layer, report
-from .findings import Claim
+from .filling import bare_model, fill, places, read_layer, report
+from .findings import Claim, corrected
 from .linear import QuantLinear
 from .packing import zero_offset
 from .parts import PARTS, layer_parts

@@ -1,4 +1,4 @@
-"""The command line: ``gptq-triton quantize | eval | generate | inspect | demo``.
+"""The command line: ``gptq-triton quantize | eval | generate | inspect | convert | demo``.
 
 Results go to standard output (``--json`` makes them JSON), progress and messages to standard error. A
 mistake of the user ends in one line and exit code 2.
@@ -20,7 +20,7 @@ import torch
 
 from .config import QuantizeConfig
 from .spec import BITS
-from .zeros import FORMS
+from .zeros import FORMS, LABEL_OF_FORM
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,6 +154,18 @@ def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return asdict(found), as_text(found)
 
 
+def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """``gptq-triton convert``: the same checkpoint, its zero points stored in another form."""
+    from .conversion import convert_checkpoint
+
+    done = convert_checkpoint(
+        options.path, options.out, options.to, repair=options.repair, zero_points=options.zero_points
+    )
+    lines = [f"wrote {done.out}: {done.layers} layers, zero points of {done.changed} changed to {options.to}"]
+    lines += [f"  mended: {finding}" for finding in done.repaired]
+    return asdict(done), "\n".join(lines)
+
+
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``gptq-triton demo``: the main job on a model that comes with pip."""
     from . import demo as main_job
@@ -260,6 +272,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("path", help="folder, or a single .safetensors or .pt file")
     sub.add_argument("--against", metavar="MODEL", help="the full-precision model: adds the error of each layer")
     sub.add_argument("--picture", type=Path, metavar="PNG", help="draw errors and scales (needs matplotlib)")
+    _zero_points(sub)
+
+    sub = command(
+        convert,
+        "convert",
+        "store a checkpoint's zero points in another form, without loss",
+        "convert ./llama-4bit ./llama-4bit-v2 --to v2 --repair",
+    )
+    sub.add_argument("path", help="folder, or a single .safetensors or .pt file")
+    sub.add_argument("out", type=Path, help="folder to write; a .safetensors file if PATH is a file")
+    sub.add_argument("--to", choices=LABEL_OF_FORM, required=True, help="form of the zero points")
+    sub.add_argument("--repair", action="store_true", help="also mend what can be mended without loss")
     _zero_points(sub)
 
     sub = command(demo, "demo", "quantize a small real model in front of you", "demo --bits 3")

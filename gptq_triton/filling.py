@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import re
@@ -131,25 +130,6 @@ def report(source: Path, layouts: Mapping[str, Layout]) -> None:
         )
     for text, names in warnings.items():
         logger.warning("%s: %s%s: %s", source, names[0], f" and {len(names) - 1} more" if names[1:] else "", text)
-
-
-def corrected(config: QuantizeConfig, layouts: Mapping[str, Layout]) -> QuantizeConfig:
-    """The config with the widths and group sizes that the tensors hold."""
-    wrong = {
-        name: layout for name, layout in layouts.items() if any(finding.kind == "config" for finding in layout.findings)
-    }
-    if not wrong:
-        return config
-    kinds = {(layout.bits, layout.group_size) for layout in layouts.values()}
-    if len(kinds) == 1:
-        bits, group_size = kinds.pop()
-        rules = {pattern: rule for pattern, rule in config.dynamic.items() if pattern.startswith("-:")}
-        return dataclasses.replace(config, bits=bits, group_size=group_size, dynamic=rules)
-    rules = {
-        f"+:{re.escape(name)}$": {"bits": layout.bits, "group_size": layout.group_size}
-        for name, layout in wrong.items()
-    }
-    return dataclasses.replace(config, dynamic={**rules, **config.dynamic})
 
 
 def _check_sizes(fields: Any, tensors: int) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from .config import QuantizeConfig
+from .config import QuantizeConfig, read_fields
 from .spec import QuantSpec
 
 LOSSLESS, LOST = "lossless", "lost"
@@ -89,9 +92,62 @@ class Claim:
         return cls(own.bits, own.group_size, own.sym, config.checkpoint_format, _writer_is_gptqmodel(config))
 
 
+def config_findings(folder: Path, config: QuantizeConfig, act_order: list[bool]) -> list[Finding]:
+    """What the config files of a folder get wrong, or do not say.
+
+    Args:
+        folder: Of the checkpoint.
+        config: As read from it.
+        act_order: Of each layer.
+    """
+    found, said = [], read_fields(folder)
+    both = [fields for fields in said.values() if fields]
+    if len(both) == 2:
+        differ = [name for name in _COMPARED if name in both[0] and name in both[1] and both[0][name] != both[1][name]]
+        if differ:
+            text = f"quantize_config.json and config.json disagree about {', '.join(differ)}; the latter counts"
+            found.append(Finding("", "config", text, LOSSLESS))
+    else:
+        missing = next(name for name in ("quantize_config.json", "config.json") if not said.get(name))
+        found.append(Finding("", "config", f"{missing} says nothing about quantization", LOSSLESS))
+    if not any({"checkpoint_format", "format"} & fields.keys() for fields in both):
+        text = "no checkpoint_format is given: readers have to guess how zero points are stored"
+        found.append(Finding("", "label", text, LOSSLESS))
+    if config.desc_act and act_order and not any(act_order):
+        text = "desc_act is true, but all groups are in order: readers without act-order refuse it for nothing"
+        found.append(Finding("", "g_idx", text, LOSSLESS))
+    ruled = any(rule.get("desc_act") for rule in config.dynamic.values() if rule)
+    if any(act_order) and not config.desc_act and not ruled:
+        text = f"desc_act is false, but g_idx of {sum(act_order)} layers is not in order: who believes it misreads them"
+        found.append(Finding("", "g_idx", text, LOSSLESS))
+    return found
+
+
+def corrected(config: QuantizeConfig, layouts: Mapping[str, Layout]) -> QuantizeConfig:
+    """The config with the widths and group sizes that the tensors hold."""
+    wrong = {
+        name: layout for name, layout in layouts.items() if any(finding.kind == "config" for finding in layout.findings)
+    }
+    if not wrong:
+        return config
+    kinds = {(layout.bits, layout.group_size) for layout in layouts.values()}
+    if len(kinds) == 1:
+        bits, group_size = kinds.pop()
+        rules = {pattern: rule for pattern, rule in config.dynamic.items() if pattern.startswith("-:")}
+        return dataclasses.replace(config, bits=bits, group_size=group_size, dynamic=rules)
+    rules = {
+        f"+:{re.escape(name)}$": {"bits": layout.bits, "group_size": layout.group_size}
+        for name, layout in wrong.items()
+    }
+    return dataclasses.replace(config, dynamic={**rules, **config.dynamic})
+
+
 def _writer_is_gptqmodel(config: QuantizeConfig) -> bool:
     """Whether ``meta.quantizer`` names GPTQModel."""
     meta = config.extra.get("meta")
     writers = meta.get("quantizer") if isinstance(meta, Mapping) else None
     writers = [writers] if isinstance(writers, str) else writers if isinstance(writers, list) else []
     return any(isinstance(writer, str) and writer.lower().startswith("gptqmodel") for writer in writers)
+
+
+_COMPARED = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic", "lm_head")

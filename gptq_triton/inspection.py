@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from .comparison import Reference
-from .config import QuantizeConfig, read_config, read_fields
+from .config import read_config
 from .dialects import detect
 from .files import open_checkpoint
-from .findings import LOSSLESS, Claim, Finding, Layout
+from .findings import Claim, Finding, Layout, config_findings
 from .health import SCALE_BINS, Health, examine
 from .parts import LayerParts, layer_parts
 from .zeros import FORMS, V1, V2
@@ -115,7 +115,7 @@ def inspect_checkpoint(
             layers.append(_info(part, layout, health, error))
         size = sum(each.stat().st_size for each in {file.path for file in files.values()})
     if config is not None:
-        findings = _about_config(path, config, layers) + findings
+        findings = config_findings(path, config, [layer.act_order for layer in layers]) + findings
     return Inspection(
         path=str(path),
         checkpoint_format=config.checkpoint_format if config else "",
@@ -158,32 +158,6 @@ def _better(
         return []
     text = f"read as {best} its error would be {lowest:.3f} instead of {error:.3f}: it is stored so"
     return [Finding(part.name, "label", text)]
-
-
-def _about_config(path: Path, config: QuantizeConfig, layers: list[LayerInfo]) -> list[Finding]:
-    """What the config files get wrong, or do not say."""
-    found, said = [], read_fields(path)
-    both = [{name: fields[name] for name in _COMPARED if name in fields} for fields in said.values() if fields]
-    if len(both) == 2 and (differ := sorted(n for n in both[0].keys() & both[1].keys() if both[0][n] != both[1][n])):
-        text = f"quantize_config.json and config.json disagree about {', '.join(differ)}; the latter counts"
-        found.append(Finding("", "config", text, LOSSLESS))
-    if len(both) < 2:
-        missing = next(name for name in ("quantize_config.json", "config.json") if not said.get(name))
-        found.append(Finding("", "config", f"{missing} says nothing about quantization", LOSSLESS))
-    if not any({"checkpoint_format", "format"} & fields.keys() for fields in said.values()):
-        text = "no checkpoint_format is given: readers have to guess how zero points are stored"
-        found.append(Finding("", "label", text, LOSSLESS))
-    ordered = sum(layer.act_order for layer in layers)
-    if config.desc_act and not ordered and layers:
-        text = "desc_act is true, but all groups are in order: readers without act-order refuse it for nothing"
-        found.append(Finding("", "g_idx", text, LOSSLESS))
-    if not config.desc_act and ordered and not any(rule.get("desc_act") for rule in config.dynamic.values() if rule):
-        text = f"desc_act is false, but g_idx of {ordered} layers is not in order: who believes it misreads them"
-        found.append(Finding("", "g_idx", text, LOSSLESS))
-    return found
-
-
-_COMPARED = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic", "lm_head")
 
 
 def _about_centres(layers: list[LayerInfo]) -> list[Finding]:

@@ -62,11 +62,15 @@ def draw(found: Inspection, path: Path) -> None:
     top.bar(range(len(values)), values, width=0.9)
     top.set_ylabel("relative error" if known else "share of codes at one end")
     top.set_xlabel("layer")
-    worst = sorted(range(len(values)), key=lambda index: -values[index])[:SHOWN]
-    for index in worst:
-        top.annotate(found.layers[index].name, (index, values[index]), fontsize=7, ha="center", va="bottom")
+    for index in sorted(range(len(values)), key=lambda index: -values[index])[:SHOWN]:
+        top.bar([index], [values[index]], width=0.9, label=f"{found.layers[index].name}: {values[index]:.3g}")
+    if values:
+        top.legend(title="worst", fontsize=8)
     top.set_title(f"{found.path}: {len(found.layers)} layers")
     bottom.stairs(found.scale_histogram, SCALE_BINS, fill=True)
+    used = [index for index, count in enumerate(found.scale_histogram) if count]
+    if used:
+        bottom.set_xlim(SCALE_BINS[max(used[0] - 2, 0)], SCALE_BINS[min(used[-1] + 3, len(SCALE_BINS) - 1)])
     bottom.set_yscale("symlog")
     bottom.set_xlabel("log10 of the scale")
     bottom.set_ylabel("scales")

@@ -164,10 +164,10 @@ class TensorFile:
 
 
 class TorchFile:
-    """The same for a ``.pt``, ``.pth`` or ``.bin`` file: one dict of names to tensors, read whole.
+    """The same for a ``.pt``, ``.pth`` or ``.bin`` file: one dict of names to tensors.
 
-    Only tensors are unpickled. Compressed members and sizes beyond the file's own are refused before
-    anything is allocated. Every member's checksum is checked.
+    Only tensors are unpickled, and their data stays in the file until it is asked for. Compressed members
+    and sizes beyond the file's own are refused before that. Every member's checksum is checked.
 
     Raises:
         ValueError: The file is damaged or holds anything but tensors by name.
@@ -185,7 +185,7 @@ class TorchFile:
                 broken = archive.testzip()
                 if broken is not None:
                     raise ValueError(f"the checksum of {broken} is wrong")
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler fails in as many ways as there are damaged files
             raise ValueError(f"{path} is not a readable file of tensors alone: {error or type(error)}") from None
         if not isinstance(tensors, Mapping) or not all(
@@ -200,11 +200,11 @@ class TorchFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
-        return self._tensors[name]
+        return self._tensors[name].clone()  # out of the file, which may change
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start to stop of one matrix."""
-        return self._tensors[name][start:stop]
+        return self._tensors[name][start:stop].clone()
 
     def __enter__(self) -> TorchFile:
         return self

@@ -81,6 +81,24 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def unreplaced(folder: Path) -> Iterator[None]:
+    """Refuse what was read if the folder was replaced meanwhile: it may be half of the old and half of the new.
+
+    Raises:
+        ValueError: It was replaced, or is no folder.
+    """
+    mend(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    before = folder.stat().st_ino
+    try:
+        yield
+    finally:
+        if not folder.exists() or folder.stat().st_ino != before:
+            raise ValueError(f"{folder} was replaced while it was read; read it again")
+
+
 def mend(folder: Path) -> None:
     """Put back a folder whose replacement was killed between two renames, where no exchange exists."""
     if folder.exists():

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .atomic import check_target, replacing
+from .atomic import check_target, replacing, unreplaced
 from .config import read_config
 from .files import open_checkpoint
 from .filling import bare_model, fill, places, read_layer, report
@@ -120,12 +120,18 @@ def load_quantized(
     from transformers import GenerationConfig
 
     folder = Path(folder)
-    quantization = read_config(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with open_checkpoint(folder) as files:
-        layer_parts(files)  # refuses a folder without quantized layers before anything is built
-        model = bare_model(folder, files, dtype)
-        layouts = fill(model, files, quantization, device, zero_points)
+    with unreplaced(folder):
+        quantization = read_config(folder)
+        with open_checkpoint(folder) as files:
+            layer_parts(files)  # refuses a folder without quantized layers before anything is built
+            model = bare_model(folder, files, dtype)
+            layouts = fill(model, files, quantization, device, zero_points)
+        if (folder / "generation_config.json").exists():
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            except Exception as error:
+                raise ValueError(f"{folder / 'generation_config.json'} is not a generation config: {error}") from None
     report(folder, layouts)
     formats = {layer.checkpoint_format for layer in model.modules() if isinstance(layer, QuantLinear)}
     label = formats.pop() if len(formats) == 1 else "gptq_v2"  # one label for all, as it will be saved
@@ -138,11 +144,6 @@ def load_quantized(
     if left:
         raise ValueError(f"{folder} lacks {len(left)} tensors the model needs: {', '.join(left[:5])}")
     model.to(device)  # buffers that no file holds (rotary frequencies)
-    if (folder / "generation_config.json").exists():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except Exception as error:
-            raise ValueError(f"{folder / 'generation_config.json'} is not a generation config: {error}") from None
     model.config.quantization_config = quantization.to_dict()
     return model.eval()
 

@@ -189,10 +189,12 @@ class QuantizeConfig:
                 re.compile(pattern.removeprefix("-:").removeprefix("+:"))
             except re.error as error:
                 raise ValueError(f"dynamic: {pattern!r} is not a valid regex: {error}") from None
-            if pattern.startswith("-:"):
+            if pattern.startswith("-:") and not rule:
                 continue
             if not isinstance(rule, Mapping):
                 raise TypeError(f"dynamic: {pattern!r} must have an object of overrides, got {rule!r}")
+            if pattern.startswith("-:"):
+                continue
             try:
                 self._override(rule)
             except (ValueError, TypeError) as error:

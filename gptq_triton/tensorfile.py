@@ -133,7 +133,8 @@ class TensorFile:
             raise self._error(f"its header is not valid JSON: {error}") from None
         if not isinstance(content, dict):
             raise self._error("its header is not a JSON object")
-        metadata = content.pop("__metadata__", None) or {}
+        metadata = content.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._error("__metadata__ must map names to strings")
         entries = {name: self._entry(name, about, 8 + length) for name, about in content.items()}

@@ -6,6 +6,7 @@ from .conversion import convert_checkpoint
 from .inspection import inspect_checkpoint
 from .layers import find_layers
 from .linear import QuantLinear, make_quant
+from .merging import MergeReport, merge_lora
 from .model import estimate, quantize_model
 from .packing import PackedWeight
 from .quantizer import Quantizer, quantize
@@ -14,6 +15,7 @@ from .spec import QuantSpec
 
 __all__ = [
     "GPTQ",
+    "MergeReport",
     "PackedWeight",
     "QuantLinear",
     "QuantSpec",
@@ -27,6 +29,7 @@ __all__ = [
     "load_quant",
     "load_quantized",
     "make_quant",
+    "merge_lora",
     "quantize",
     "quantize_model",
     "save_quantized",

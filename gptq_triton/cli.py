@@ -1,4 +1,4 @@
-"""The command line: ``gptq-triton quantize | eval | generate | inspect | convert | demo``.
+"""The command line: ``gptq-triton quantize | eval | generate | inspect | convert | selftest | demo``.
 
 Results go to standard output (``--json`` makes them JSON), progress and messages to standard error. A
 mistake of the user ends in one line and exit code 2.
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("gptq-triton: interrupted")
         return 130
     print(json.dumps(result, indent=2) if options.json else text)
-    return 0
+    return 1 if result.get("failed") else 0
 
 
 def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -164,6 +164,29 @@ def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     lines = [f"wrote {done.out}: {done.layers} layers, zero points of {done.changed} changed to {options.to}"]
     lines += [f"  mended: {finding}" for finding in done.repaired]
     return asdict(done), "\n".join(lines)
+
+
+def selftest(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """``gptq-triton selftest``: whether the kernels of this machine keep the error contract."""
+    from .selftest import Check
+    from .selftest import selftest as check
+
+    def line(found: Check) -> str:
+        verdict = "ok" if found.ok else "BROKEN"
+        return (
+            f"{found.bits:>4} {found.dtype:<9}{found.regime:<27}{found.error:10.2e}{found.bound:10.2e}"
+            f"{found.share:8.1%}{found.relative:10.2e}  {verdict}"
+        )
+
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = check(device, None if options.quiet or options.json else lambda each: _say(line(each)))
+    failed = [each for each in found if not each.ok]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU path"
+    lines = [f"bits dtype    regime{'':<21}{'error':>10}{'bound':>10}{'share':>8}{'relative':>10}"]
+    lines += [line(max((c for c in found if c.bits == bits), key=lambda c: c.share)) for bits in BITS]
+    lines.append(X)
+    lines += [line(each) for each in failed]
+    return {"device": where, "failed": len(failed), "checks": [asdict(each) for each in found]}, "\n".join(lines)
 
 
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -285,6 +308,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--to", choices=LABEL_OF_FORM, required=True, help="form of the zero points")
     sub.add_argument("--repair", action="store_true", help="also mend what can be mended without loss")
     _zero_points(sub)
+
+    sub = command(
+        selftest,
+        "selftest",
+        "check the kernels of this machine against float64: bound and measured error of every width and regime",
+        "selftest --device cpu",
+    )
+    _device(sub)
 
     sub = command(demo, "demo", "quantize a small real model in front of you", "demo --bits 3")
     sub.add_argument("--out", type=Path, default=Path("demo-model"), help="folder to write (default %(default)s)")

@@ -184,7 +184,7 @@ def selftest(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU path"
     lines = [f"bits dtype    regime{'':<21}{'error':>10}{'bound':>10}{'share':>8}{'relative':>10}"]
     lines += [line(max((c for c in found if c.bits == bits), key=lambda c: c.share)) for bits in BITS]
-    lines.append(X)
+    lines.append(f"{where}: {len(found) - len(failed)} of {len(found)} checks keep the bound; the worst are above")
     lines += [line(each) for each in failed]
     return {"device": where, "failed": len(failed), "checks": [asdict(each) for each in found]}, "\n".join(lines)
 

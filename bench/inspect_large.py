@@ -31,10 +31,11 @@ LINEARS = {
 
 # its own high-water mark: ru_maxrss of a child starts at that of the process that made it
 COMMAND = """
-import re, sys
+import re, sys, time
 from gptq_triton.cli import main
 main(["inspect", sys.argv[1], "--json"])
-print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
+resident = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(resident, time.process_time(), file=sys.stderr)
 """
 
 
@@ -97,14 +98,16 @@ def measure(folder: Path, cold: bool) -> dict[str, Any]:
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", COMMAND, str(folder)], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - started
-    found = json.loads(done.stdout)
+    found, (resident, cpu) = json.loads(done.stdout), done.stderr.split()
     return {
         "cold cache": cold,
         "gigabytes": size / 1e9,
         "layers": len(found["layers"]),
         "findings": len(found["findings"]),
         "seconds": round(seconds, 2),
-        "resident_megabytes": round(int(done.stderr) * 1024 / 1e6),
+        "cpu_seconds": round(float(cpu), 2),
+        "load_average": round(os.getloadavg()[0], 1),
+        "resident_megabytes": round(int(resident) * 1024 / 1e6),
     }
 
 

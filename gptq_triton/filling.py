@@ -16,7 +16,7 @@ from .config import QuantizeConfig
 from .dialects import detect, load_packed
 from .experts import match_checkpoint
 from .files import Files
-from .findings import Claim, Layout
+from .findings import Claim, Finding, Layout
 from .layers import weight_of
 from .linear import QuantLinear
 from .parts import PARTS, LayerParts, layer_parts
@@ -118,18 +118,19 @@ def places(model: nn.Module) -> dict[int, list[str]]:
 def report(source: Path, layouts: Mapping[str, Layout]) -> None:
     """Say what was decided, and warn of what contradicts it; layers that are alike share a line."""
     kinds: dict[tuple, list[str]] = {}
-    warnings: dict[str, list[str]] = {}
+    warnings: dict[str, list[Finding]] = {}
     for name, layout in layouts.items():
         kinds.setdefault((layout.bits, layout.group_size, layout.zeros, layout.evidence), []).append(name)
         for finding in layout.findings:
-            warnings.setdefault(finding.text, []).append(name)
+            warnings.setdefault(finding.gist, []).append(finding)
     for (bits, group_size, zeros, evidence), names in kinds.items():
         logger.info(
             "%s: %d layers of %d bits, groups of %d, zero points %s by %s",
             *(source, len(names), bits, group_size, zeros, evidence),
         )
-    for text, names in warnings.items():
-        logger.warning("%s: %s%s: %s", source, names[0], f" and {len(names) - 1} more" if names[1:] else "", text)
+    for found in warnings.values():
+        more = f" and {len(found) - 1} more" if found[1:] else ""
+        logger.warning("%s: %s%s: %s", source, found[0].layer, more, found[0].text)
 
 
 def _check_sizes(fields: Any, tensors: int) -> None:

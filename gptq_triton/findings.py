@@ -33,6 +33,11 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.layer}: {self.text}" if self.layer else self.text
 
+    @property
+    def gist(self) -> str:
+        """The text without its figures: findings of one gist can share a line."""
+        return re.sub(r"[-+]?\d[\d.]*", "#", self.text)
+
 
 @dataclass(frozen=True)
 class Layout:

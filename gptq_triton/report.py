@@ -96,12 +96,13 @@ def _table(layers: list[LayerInfo]) -> list[str]:
 
 
 def _grouped(findings: list[Finding]) -> list[str]:
-    """One line for each text, with the layers it is about."""
-    groups: dict[str, list[str]] = {}
+    """One line for each gist, with the layers it is about."""
+    groups: dict[str, list[Finding]] = {}
     for finding in findings:
-        groups.setdefault(finding.text, []).append(finding.layer)
+        groups.setdefault(finding.gist, []).append(finding)
     lines = []
-    for text, names in groups.items():
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        lines.append(f"finding: {', '.join(names[:SHOWN])}{more}: {text}" if names[0] else f"finding: {text}")
+    for alike in groups.values():
+        names = ", ".join(finding.layer for finding in alike[:SHOWN])
+        more = f" and {len(alike) - SHOWN} more" if len(alike) > SHOWN else ""
+        lines.append(f"finding: {names}{more}{': ' if names else ''}{alike[0].text}")
     return lines

@@ -126,13 +126,13 @@ def load_quantized(
         with open_checkpoint(folder) as files:
             layer_parts(files)  # refuses a folder without quantized layers before anything is built
             model = bare_model(folder, files, dtype)
-            layouts = fill(model, files, quantization, device, zero_points)
+            layouts, doubts = fill(model, files, quantization, device, zero_points)
         if (folder / "generation_config.json").exists():
             try:
                 model.generation_config = GenerationConfig.from_pretrained(folder)
             except Exception as error:
                 raise ValueError(f"{folder / 'generation_config.json'} is not a generation config: {error}") from None
-    report(folder, layouts)
+    report(folder, layouts, doubts)
     formats = {layer.checkpoint_format for layer in model.modules() if isinstance(layer, QuantLinear)}
     label = formats.pop() if len(formats) == 1 else "gptq_v2"  # one label for all, as it will be saved
     quantization = dataclasses.replace(corrected(quantization, layouts), checkpoint_format=label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .dialects import detect, load_packed
 from .experts import match_checkpoint
 from .files import Files
 from .findings import Claim, Finding, Layout
+from .health import centre_findings, sample_centre
 from .layers import weight_of
 from .linear import QuantLinear
 from .parts import PARTS, LayerParts, layer_parts
@@ -24,6 +25,7 @@ from .parts import PARTS, LayerParts, layer_parts
 logger = logging.getLogger(__name__)
 
 
+SAMPLED = 8  # layers whose codes are asked whether the label can be right
 COUNTS = re.compile(r"(num|n)_.*(layers?|experts|blocks)$")  # fields that say how many modules to build
 SIZES = re.compile(r".*(size|dim|dims|heads|embd|inner|positions|embeddings|rank)$")
 
@@ -55,18 +57,24 @@ def bare_model(folder: Path, files: Files, dtype: torch.dtype | None) -> Any:
 
 def fill(
     model: nn.Module, files: Files, config: QuantizeConfig, device: torch.device, zero_points: str | None
-) -> dict[str, Layout]:
-    """Put every tensor of the files into the model; returns how each layer was stored, by its name in the model."""
+) -> tuple[dict[str, Layout], list[Finding]]:
+    """Put every tensor of the files into the model.
+
+    Returns:
+        How each layer was stored, by its name in the model, and what their codes say about the label.
+    """
     found = layer_parts(files)
     place = match_checkpoint(model, files)
     own_names = {name: place[f"{name}.qweight"].removesuffix(".qweight") for name in found}
     modules, homes = dict(model.named_modules()), places(model)
-    layouts = {}
+    layouts, centres = {}, []
     for name, own_name in own_names.items():
         if own_name not in modules:
             raise ValueError(f"{found[name].path.name} holds {name}, which the model has no place for")
         claim = Claim.of(config, name, own_name)  # a rule may be about either name
         layouts[own_name], layer = read_layer(found[name], modules[own_name], claim, zero_points)
+        if layouts[own_name].evidence == "label" and len(centres) < SAMPLED:
+            centres.append((layouts[own_name].zeros, sample_centre(found[name], layouts[own_name])))
         for home in homes[id(modules[own_name])]:
             model.set_submodule(home, layer)
         layer.to(device)
@@ -86,7 +94,7 @@ def fill(
         owner, _, leaf = place[key].rpartition(".")
         tensor = file.read(key).to(device, slot.dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor) if isinstance(slot, nn.Parameter) else tensor)
-    return layouts
+    return layouts, centre_findings(centres)
 
 
 def read_layer(
@@ -115,7 +123,7 @@ def places(model: nn.Module) -> dict[int, list[str]]:
     return found
 
 
-def report(source: Path, layouts: Mapping[str, Layout]) -> None:
+def report(source: Path, layouts: Mapping[str, Layout], others: Sequence[Finding] = ()) -> None:
     """Say what was decided, and warn of what contradicts it; layers that are alike share a line."""
     kinds: dict[tuple, list[str]] = {}
     warnings: dict[str, list[Finding]] = {}
@@ -128,6 +136,8 @@ def report(source: Path, layouts: Mapping[str, Layout]) -> None:
             "%s: %d layers of %d bits, groups of %d, zero points %s by %s",
             *(source, len(names), bits, group_size, zeros, evidence),
         )
+    for finding in others:
+        logger.warning("%s: %s", source, finding)
     for found in warnings.values():
         more = f" and {len(found) - 1} more" if found[1:] else ""
         logger.warning("%s: %s%s: %s", source, found[0].layer, more, found[0].text)

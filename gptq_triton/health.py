@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,12 +12,13 @@ from torch import Tensor
 from .findings import LOST, Finding, Layout
 from .packing import trivial_g_idx
 from .parts import LayerParts
-from .zeros import decode_zeros
+from .zeros import V1, V2, decode_zeros
 
 CHUNK = 2**20  # words read at a time
 # Share of codes at one end of the range that no sound layer reaches. A group's extremes are at the ends, one
 # each; that share, 2 / rows, comes on top. Two-bit codes have only four values.
 SATURATED = {2: 0.9, 3: 0.6, 4: 0.4, 8: 0.1}
+OFF_CENTRE = 0.25  # steps; how near to one whole step the centre of misread codes lies
 SCALE_BINS = np.linspace(-8, 2, 101)  # of log10 |scale|
 
 
@@ -91,6 +92,35 @@ def examine(part: LayerParts, layout: Layout) -> Health:
         text = f"g_idx gives groups of {int(sizes.min())} to {int(sizes.max())} inputs, not of {int(usual.max())}"
         health.findings.append(Finding(name, "g_idx", text))
     return health
+
+
+def sample_centre(part: LayerParts, layout: Layout) -> float:
+    """:attr:`Health.centre` of the first million words or so."""
+    counts = count_codes(next(_chunks(part, layout.bits)), layout.bits)
+    inputs = min(int(counts.sum()) // layout.N, layout.K)
+    counts[0] -= counts.sum() - inputs * layout.N
+    zeros = decode_zeros(part.read("qzeros"), layout.bits, layout.N, layout.zeros).double().mean(1)
+    g_idx = part.read("g_idx").long() if layout.act_order else trivial_g_idx(layout.K, layout.group_size).long()
+    return float(counts @ np.arange(len(counts))) / (inputs * layout.N) - float(zeros[g_idx[:inputs]].mean())
+
+
+def centre_findings(centres: Sequence[tuple[str, float]]) -> list[Finding]:
+    """Codes lie around their zero points; off by one step, layer after layer, they are read in the wrong form.
+
+    Args:
+        centres: Form and :attr:`Health.centre` of each layer whose label alone says the form.
+    """
+    step = {V1: -1, V2: 1}  # where the centre lies if the other form is the right one
+    off = [(form, centre) for form, centre in centres if abs(centre - step[form]) < OFF_CENTRE]
+    if len(off) <= len(centres) / 2:
+        return []
+    other = V2 if off[0][0] == V1 else V1
+    mean = sum(centre for _, centre in off) / len(off)
+    text = (
+        f"the codes of {len(off)} of {len(centres)} asymmetric layers lie {mean:+.2f} steps from their zero points: "
+        f"they are probably stored as {other}, whatever the label says (zero_points={other!r} reads them so)"
+    )
+    return [Finding("", "label", text)]
 
 
 def count_codes(words: Tensor, bits: int) -> np.ndarray:

@@ -13,11 +13,9 @@ from .config import read_config
 from .dialects import detect
 from .files import open_checkpoint
 from .findings import Claim, Finding, Layout, config_findings
-from .health import SCALE_BINS, Health, examine
+from .health import SCALE_BINS, Health, centre_findings, examine
 from .parts import LayerParts, layer_parts
-from .zeros import FORMS, V1, V2
-
-OFF_CENTRE = 0.25  # steps; how near to one whole step the centre of misread codes lies
+from .zeros import FORMS
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def inspect_checkpoint(
         config=config.to_dict() if config else {},
         layers=layers,
         bytes=size,
-        findings=_about_centres(layers) + findings,
+        findings=centre_findings([(e.dialect, e.centre) for e in layers if e.evidence == "label"]) + findings,
         scale_histogram=histogram.tolist(),
     )
 
@@ -158,19 +156,3 @@ def _better(
         return []
     text = f"read as {best} its error would be {lowest:.3f} instead of {error:.3f}: it is stored so"
     return [Finding(part.name, "label", text)]
-
-
-def _about_centres(layers: list[LayerInfo]) -> list[Finding]:
-    """Codes lie around their zero points; off by one step, layer after layer, they are read in the wrong form."""
-    doubtful = [layer for layer in layers if layer.evidence == "label"]
-    step = {V1: -1, V2: 1}  # where the centre lies if the other form is the right one
-    off = [layer for layer in doubtful if abs(layer.centre - step[layer.dialect]) < OFF_CENTRE]
-    if len(off) <= len(doubtful) / 2:
-        return []
-    other = V2 if off[0].dialect == V1 else V1
-    mean = sum(layer.centre for layer in off) / len(off)
-    text = (
-        f"the codes of {len(off)} of {len(doubtful)} asymmetric layers lie {mean:+.2f} steps from their zero points: "
-        f"they are probably stored as {other}, whatever the label says (zero_points={other!r} reads them so)"
-    )
-    return [Finding("", "label", text)]

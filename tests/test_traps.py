@@ -312,7 +312,7 @@ def test_trap_10_desc_act_is_false_where_groups_are_in_order(tmp_path):
 # 11: a config without checkpoint_format
 
 
-def test_trap_11_the_models_own_save_says_its_format(tmp_path):
+def test_trap_11_the_models_own_save_says_its_format(tmp_path, caplog):
     model = tiny("llama")
     quantize_model(model, batches(1), QuantizeConfig(4, 32, sym=False), method="rtn", progress=False)
     model.save_pretrained(tmp_path / "m")
@@ -326,6 +326,9 @@ def test_trap_11_the_models_own_save_says_its_format(tmp_path):
     texts = [f.text for f in inspect_checkpoint(tmp_path / "m").findings]
     assert any("no checkpoint_format is given" in text for text in texts)
     assert any("they are probably stored as v2, whatever the label says" in text for text in texts)
+    with caplog.at_level(logging.WARNING):
+        assert not same(weights(load_quantized(tmp_path / "m")), weights(model))
+    assert "asymmetric layers lie -1.0" in caplog.text
     assert same(weights(load_quantized(tmp_path / "m", zero_points="v2")), weights(model))
 
 

@@ -117,14 +117,14 @@ def run_case(home: Path, seed: int, scratch: Path) -> str:
             _only_clear_errors(inspect_checkpoint, folder)
             return "refused"
         expected = meaning(folder)
-        _check(model, expected)
+        check(model, expected)
         found = inspect_checkpoint(folder)
         assert not [f for f in found.findings if f.kind == "error"], found.findings
         assert {layer.name for layer in found.layers} == expected.keys()
         target = folder.with_name("converted")
         shutil.rmtree(target, ignore_errors=True)
         if rng.random() < 0.3 and _only_clear_errors(convert_checkpoint, folder, target, "v2", repair=True):
-            _check(load_quantized(target, device="cpu"), expected)
+            check(load_quantized(target, device="cpu"), expected)
         return "loaded"
 
 
@@ -174,7 +174,8 @@ def _fields(words: np.ndarray, bits: int) -> np.ndarray:
     return stream.reshape(len(words), -1, bits).astype(np.int64) @ (1 << np.arange(bits))
 
 
-def _check(model: nn.Module, expected: dict[str, np.ndarray]) -> None:
+def check(model: nn.Module, expected: dict[str, np.ndarray]) -> None:
+    """Fail unless the model's quantized layers hold these weights, to the last bit."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     assert layers.keys() == expected.keys()
     for name, layer in layers.items():
@@ -209,7 +210,7 @@ def _pt_case(home: Path, rng: random.Random, scratch: Path) -> str:
         if any(isinstance(module, QuantLinear) for module in model.modules()):
             raise AssertionError("a refused file was half loaded") from error
         return "refused"
-    _check(model, meaning(home / "sym"))
+    check(model, meaning(home / "sym"))
     return "loaded"
 
 

@@ -21,7 +21,7 @@ from .atomic import check_target, replacing, unreplaced
 from .config import read_config
 from .files import open_checkpoint
 from .filling import bare_model, fill, places, read_layer, report
-from .findings import Claim, corrected
+from .findings import Claim, corrected, file_claim
 from .linear import QuantLinear
 from .packing import zero_offset
 from .parts import PARTS, layer_parts
@@ -179,8 +179,7 @@ def load_quant(
         raise ValueError(f"wbits and groupsize go together, got {wbits} and {groupsize}")
     with open_checkpoint(path) as files:
         names = layer_parts(files)
-        metadata = next(iter(files.values())).metadata
-        label = checkpoint_format or metadata.get("checkpoint_format", "gptq")
+        label = checkpoint_format or file_claim(next(iter(names.values())).metadata).label
         zero_offset(label)
         modules = dict(model.named_modules())
         unknown = [name for name in names if name not in modules]

@@ -40,9 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result, text = options.run(options)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        return _fail(f"{error} (pip install 'gptq-triton[{EXTRAS[error.name]}]')", options.debug)
+        return _fail(f"{error} (pip install 'gptq-triton[{extra}]')", options.debug)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _fail(str(error), options.debug)
     except KeyboardInterrupt:

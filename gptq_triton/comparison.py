@@ -51,20 +51,19 @@ class Reference:
         if key not in self._files:
             return None
         weight, (K, N) = self._files[key].read(key), (layout.K, layout.N)
-        if tuple(weight.shape) == (N, K):
-            weight = weight.t()
-        elif tuple(weight.shape) != (K, N):  # transformers' Conv1D
+        ways = [w for w in (weight.t(), weight) if tuple(w.shape) == (K, N)]  # nn.Linear's, transformers' Conv1D's
+        if not ways:
             raise ValueError(f"the full-precision weight has shape {tuple(weight.shape)}, needs {(N, K)}")
         scales = part.read("scales").float()
         zeros = decode_zeros(part.read("qzeros"), layout.bits, N, layout.zeros)
         g_idx = part.read("g_idx").long() if layout.act_order else trivial_g_idx(K, layout.group_size).long()
-        wrong = size = 0.0
+        wrong, size = [0.0] * len(ways), 0.0
         for start in range(0, K, ROWS):
             stop = min(start + ROWS, K)
-            first, last = start * layout.bits // 32, -(-stop * layout.bits // 32)
-            codes = unpack(part.rows("qweight", first, last), layout.bits, stop - start)
-            groups, expected = g_idx[start:stop], weight[start:stop].float()
-            found = (codes.float() - zeros[groups]) * scales[groups]
-            wrong += float((found - expected).square().sum(dtype=torch.float64))
-            size += float(expected.square().sum(dtype=torch.float64))
-        return (wrong / size) ** 0.5 if size else 0.0
+            words = part.rows("qweight", start * layout.bits // 32, -(-stop * layout.bits // 32))
+            groups = g_idx[start:stop]
+            found = (unpack(words, layout.bits, stop - start).float() - zeros[groups]) * scales[groups]
+            for index, way in enumerate(ways):
+                wrong[index] += float((found - way[start:stop].float()).square().sum(dtype=torch.float64))
+            size += float(ways[0][start:stop].float().square().sum(dtype=torch.float64))
+        return (min(wrong) / size) ** 0.5 if size else 0.0

@@ -14,7 +14,7 @@ from .atomic import check_target, renamed, replacing
 from .config import QuantizeConfig, read_config, read_fields
 from .dialects import detect
 from .files import INDEXES, SUFFIXES, Files, open_checkpoint, tensor_files
-from .findings import LOSSLESS, LOST, Claim, Finding, Layout, config_findings, corrected
+from .findings import LOSSLESS, LOST, Claim, Finding, Layout, config_findings, corrected, file_claim
 from .parts import LayerParts, layer_parts
 from .tensorfile import Entry, file_order, write_tensors
 from .zeros import FORM_OF_LABEL, LABEL_OF_FORM, V1, convert_zeros, decode_zeros
@@ -94,8 +94,8 @@ def _target(source: Path, out: Path) -> Path:
 
 
 def _detect(part: LayerParts, config: QuantizeConfig | None, zero_points: str | None) -> Layout:
-    claim = Claim.of(config, part.name) if config else Claim()
     try:
+        claim = Claim.of(config, part.name) if config else file_claim(part.metadata)
         return detect(part, claim, zero_points=zero_points)
     except ValueError as error:
         raise ValueError(f"{part.path}: {part.name}: {error}") from None

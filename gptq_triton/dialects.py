@@ -204,9 +204,9 @@ def _group_size(K: int, G: int, g_idx: Tensor | None, said: int | None) -> int:
     if G == 1:
         return -1
     if g_idx is not None:
-        first = int((g_idx == g_idx[0]).int().cumprod(0).sum())  # rows of the first run
-        if torch.equal(g_idx, trivial_g_idx(K, first)):
-            return first
+        largest = int(torch.bincount(g_idx).max())  # the size of every group but the last, in whatever order
+        if QuantSpec(8, largest).groups(K) == G:
+            return largest
     sizes = {2**i for i in range(3, 14) if QuantSpec(8, 2**i).groups(K) == G} | ({K // G} if K % G == 0 else set())
     if len(sizes) != 1:
         fits = f"the sizes {sorted(sizes)}" if sizes else "no size"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import QuantizeConfig, read_fields
+from .packing import zero_offset
 from .spec import QuantSpec
 
 LOSSLESS, LOST = "lossless", "lost"
@@ -95,6 +96,17 @@ class Claim:
         rules = (config.for_module(name) for name in names)
         own = next((rule for rule in rules if rule not in (None, config)), config)
         return cls(own.bits, own.group_size, own.sym, config.checkpoint_format, _writer_is_gptqmodel(config))
+
+
+def file_claim(metadata: Mapping[str, str]) -> Claim:
+    """What the metadata of a single file says: the label, if :func:`gptq_triton.convert_checkpoint` wrote it.
+
+    Raises:
+        ValueError: The label is unknown.
+    """
+    label = metadata.get("checkpoint_format", "gptq")
+    zero_offset(label)
+    return Claim(label=label)
 
 
 def config_findings(folder: Path, config: QuantizeConfig, act_order: list[bool]) -> list[Finding]:

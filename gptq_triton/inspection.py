@@ -12,7 +12,7 @@ from .comparison import Reference
 from .config import read_config
 from .dialects import detect
 from .files import open_checkpoint
-from .findings import Claim, Finding, Layout, config_findings
+from .findings import Claim, Finding, Layout, config_findings, file_claim
 from .health import SCALE_BINS, Health, centre_findings, examine
 from .parts import LayerParts, layer_parts
 from .zeros import FORMS
@@ -100,7 +100,7 @@ def inspect_checkpoint(
     histogram = np.zeros(len(SCALE_BINS) - 1, dtype=np.int64)
     with open_checkpoint(path) as files, Reference(against) as reference:
         for name, part in layer_parts(files).items():
-            claim = Claim.of(config, name) if config else Claim()
+            claim = Claim.of(config, name) if config else file_claim(part.metadata)
             try:
                 layout = detect(part, claim, zero_points=zero_points)
                 health = examine(part, layout)

@@ -37,6 +37,11 @@ class LayerParts:
         """The file that holds the codes."""
         return self.files[f"{self.name}.qweight"].path
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Of that file."""
+        return self.files[f"{self.name}.qweight"].metadata
+
     def read(self, part: str) -> Tensor:
         """A whole part."""
         key = f"{self.name}.{part}"

@@ -143,6 +143,11 @@ class QuantLinear(nn.Module):
             self.checkpoint_format,
         )
 
+    @property
+    def tiles(self) -> TiledWeight | None:
+        """The weight in kernel tiles, if the layer holds it so."""
+        return self._tiles
+
     @torch.no_grad()
     def pack(self, linear: nn.Module, scales: Tensor, zeros: Tensor, g_idx: Tensor | None = None) -> None:
         """Take over a layer's weight and bias, rounded to the given grid.

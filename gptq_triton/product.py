@@ -114,6 +114,11 @@ def _launch(
     return guarded
 
 
+def forget() -> None:
+    """Choose plans anew: the tables have changed."""
+    _launch.cache_clear()
+
+
 def prepare_launch(problem: Problem, plan: FusedPlan, operands: Operands, device: int) -> Launch:
     """Compile a plan for the current stream of a device."""
     if isinstance(plan, MatmulPlan):
@@ -233,7 +238,7 @@ def _by_floats(
 def product_transposed(dy: Tensor, weight: TiledWeight) -> Tensor:
     """``dy @ W.T``, as `ops.matmul_transposed` says, without gradients."""
     columns = weight.K if weight.order is None else weight.steps * STEP
-    problem = _problem(len(dy), dy.dtype, dy.get_device(), weight)
+    problem = problem_of(len(dy), dy.dtype, dy.get_device(), weight)
     plan = cast(DequantizePlan, dispatch.choose(problem, transposed=True))
     with torch.cuda.device(dy.device):
         if weight.strips <= plan.strips:
@@ -284,7 +289,7 @@ def _in_order(x: Tensor, weight: TiledWeight) -> Tensor:
     return out
 
 
-def _problem(M: int, dtype: torch.dtype, device: int, weight: TiledWeight) -> Problem:
+def problem_of(M: int, dtype: torch.dtype, device: int, weight: TiledWeight) -> Problem:
     half_scales = weight.dtype != torch.float32
     return Problem(
         M, weight.strips, weight.steps, weight.spec.bits, weight.group_columns, dtype, half_scales, *gpu(device)

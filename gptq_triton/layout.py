@@ -47,7 +47,7 @@ class TiledWeight:
 
     Attributes:
         words: int32 (strips, steps, 64 * bits): strips = ceil(N / 16), steps = ceil(columns / 128).
-        meta: int32 (groups of columns, strips * 16), scale bits above the zero point, rows g and g + 8 of a strip
+        meta: int32 (groups of columns, whole steps of them, strips * 16), scale bits above the zero point, rows g and g + 8 of a strip
             adjacent; where scales have 32 bits, the zero point alone.
         scales: float32 (groups of columns, strips * 16) in the order of ``meta``, or None when they fit into it.
         order: int32 (steps * 128,), which column of x is multiplied by each column of the tiles, -1 for padding; None
@@ -110,6 +110,9 @@ def tile_weight(weight: PackedWeight) -> TiledWeight:
         order = order.to(torch.int32)
     if rows is not None:
         scales, zeros = scales[rows], zeros[rows]
+    missing = -len(scales) % max(1, STEP // group_columns)  # every step has all its rows of meta
+    if missing:
+        scales, zeros = (torch.cat((t, t[-1:].expand(missing, -1))) for t in (scales, zeros))
     strips = -(-N // STRIP)
     pad_n = strips * STRIP - N
     codes = torch.nn.functional.pad(codes, (0, pad_n, 0, -codes.shape[0] % STEP))
@@ -134,7 +137,9 @@ def untile_weight(weight: TiledWeight, g_idx: Tensor | None) -> PackedWeight:
     if order is not None:
         real = order >= 0
         codes = torch.empty_like(codes[:K]).index_copy_(0, order[real], codes[: len(order)][real])
-    if rows is not None:
+    if rows is None:
+        scales, zeros = scales[: spec.groups(K)], zeros[: spec.groups(K)]
+    else:
         # a group may have several equal rows of meta: any of them
         G = spec.groups(K)
         last = torch.full((G,), -1, dtype=torch.int64, device=rows.device)

@@ -165,7 +165,7 @@ def test_launches_are_deterministic(M):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("scale", [2.0**-20, 1.0, 1000.0])
+@pytest.mark.parametrize("scale", [2.0**-20, 1.0, 100.0])
 def test_numbers_of_every_size(dtype, scale):
     weight = random_weight(512, 64, 4, 128, device=DEVICE)
     x = random_rows(4, 512, dtype, device=DEVICE) * scale

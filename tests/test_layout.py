@@ -122,6 +122,13 @@ def test_padding_only_where_it_must_be(K, group_size, act_order, columns, padded
     assert (tiles.group_columns, tiles.steps * STEP) == (columns, padded)
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 100, 128, -1])
+def test_every_step_has_all_its_rows_of_meta(group_size):
+    tiles = tile_weight(random_weight(200, 16, 4, group_size))
+    per_step = max(1, 128 // tiles.group_columns)
+    assert len(tiles.meta) >= (1 if group_size == -1 else tiles.steps * per_step)
+
+
 def test_scales_in_double_precision_are_refused():
     with pytest.raises(TypeError, match=r"scales must be float16, bfloat16 or float32 to be tiled, got torch\.float64"):
         tile_weight(random_weight(32, 16, 4, scale_dtype=torch.float64))

@@ -27,8 +27,8 @@ sorted by group and every group is padded; ``order`` says which column of x goes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class TiledWeight:
         N: Out-features.
         dtype: Of the checkpoint's scales.
         checkpoint_format: How the checkpoint stores zero points.
+        launches: Products with this weight that are ready to be launched (`product.py`'s own).
     """
 
     words: Tensor
@@ -70,6 +71,7 @@ class TiledWeight:
     N: int
     dtype: torch.dtype
     checkpoint_format: str = "gptq"
+    launches: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def strips(self) -> int:

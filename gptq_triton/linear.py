@@ -200,15 +200,15 @@ class QuantLinear(nn.Module):
             ValueError: The last dimension is not K, or x is on another device.
             TypeError: x is not floating.
         """
+        tiles = self._tiles
+        if tiles is not None and ops.plain(x, tiles, self._buffers["bias"]):
+            return product.product(x, self._buffers["bias"], tiles, self.batch_invariant)
         if x.shape[-1:] != (self.infeatures,):
             raise ValueError(f"x must have {self.infeatures} features, got shape {tuple(x.shape)}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self._tiles is None:
-            weight = self.weight_packed
-        else:
-            # a compiler must see buffers, which are constants to it
-            weight = self._tiled_by_buffers() if torch.compiler.is_compiling() else self._tiles
+        # a compiler must see buffers, which are constants to it
+        weight = self.weight_packed if tiles is None else self._tiled_by_buffers()
         y = ops.matmul(x.reshape(-1, self.infeatures), weight, self.bias, batch_invariant=self.batch_invariant)
         return y.view(*x.shape[:-1], self.outfeatures)
 

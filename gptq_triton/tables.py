@@ -33,8 +33,11 @@ def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
     if problem.M > BUCKETS[-1] or not problem.takes_digits:
         return None
     found = _table(gpu).get(case(problem))
-    if found is None:
-        return None
+    return None if found is None else plan_from(found)
+
+
+def plan_from(found: dict[str, int]) -> FusedPlan:
+    """A plan as tables hold it."""
     kind = DecodePlan if "tiles" in found else MatmulPlan if "block_m" in found else WidePlan
     return kind(**cast(dict[str, Any], found))
 
@@ -72,8 +75,13 @@ def _kernels() -> str:
 
 @functools.cache
 def _table(gpu: str) -> dict[str, dict[str, int]]:
-    shipped = resources.files("gptq_triton") / "tuned" / f"{gpu}.json"
-    return (json.loads(shipped.read_text()) if shipped.is_file() else {}) | _read(user_file(gpu))
+    return shipped(gpu) | _read(user_file(gpu))
+
+
+def shipped(gpu: str) -> dict[str, dict[str, int]]:
+    """The table that the package ships for a GPU; empty if there is none."""
+    file = resources.files("gptq_triton") / "tuned" / f"{gpu}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _read(file: Path) -> dict[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Every kernel variant, compiled for every target without a GPU: it fits, it does not spill, weights stay in registers."""
+"""Every kernel variant, compiled for every target without a GPU: it fits, no spills, weights stay in registers."""
 
 from __future__ import annotations
 

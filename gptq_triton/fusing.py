@@ -82,8 +82,17 @@ class FusedPart(nn.Module):
         """That of the layer it stands for, without the merged one."""
         return self.unfused().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        rest[4].append(f"{prefix.rstrip('.')}: load before the layers are merged by fuse(), or unfuse() first")
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        error_msgs.append(f"{prefix.rstrip('.')}: load before the layers are merged by fuse(), or unfuse() first")
 
 
 def fuse(model: nn.Module, siblings: Iterable[Sequence[str]] = SIBLINGS) -> nn.Module:

@@ -28,7 +28,6 @@ from .packing import (
 from .quantizer import encode
 from .spec import QuantSpec
 
-
 _PACKED = ("qweight", "qzeros", "scales")
 _TILED = ("tile_words", "tile_meta", "tile_scales", "tile_order")
 
@@ -355,8 +354,8 @@ class QuantLinear(nn.Module):
 def prepare(module: nn.Module) -> nn.Module:
     """Hold the weight of every quantized layer that is on a GPU as kernel tiles, in place.
 
-    Moving, packing and loading do so by themselves; this is for layers whose tensors were put on a GPU one by one. Until
-    then their products go through the reference.
+    Moving, packing and loading do so by themselves; this is for layers whose tensors were put on a GPU one by one.
+    Until then their products go through the reference.
     """
     for layer in module.modules():
         if isinstance(layer, QuantLinear):

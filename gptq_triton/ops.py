@@ -1,7 +1,7 @@
 """``x @ W`` and ``dy @ W.T`` as torch operators: reference or kernels, gradients, fakes.
 
-A packed weight (checkpoint form) is multiplied by the reference on any device; a tiled weight by the kernels of its GPU.
-All operators are opaque to torch.compile, so the choice of a kernel may depend on M without a recompilation, and an
+A packed weight (checkpoint form) is multiplied by the reference on any device, a tiled weight by the kernels of its
+GPU. All operators are opaque to torch.compile, so the choice of a kernel may depend on M without a recompilation, and an
 operator and its transpose are each other's derivative. Importing this module touches no GPU and no kernel.
 """
 
@@ -49,7 +49,7 @@ def matmul(
         x: (M, K), float16, bfloat16 or float32 (float64 too on the CPU), any strides.
         weight: On the device of x. Tiled, it is multiplied by kernels; packed, by the reference.
         bias: (N,), floating, or None.
-        batch_invariant: On a GPU, tiled: a row of the result has the same bits whatever M is and whatever other rows hold.
+        batch_invariant: On a GPU, tiled: a row of the result has the same bits whatever M is and other rows hold.
 
     Returns:
         (M, N), the dtype of x.
@@ -236,7 +236,9 @@ def _save(ctx: Any, parts: Sequence[Any]) -> None:
     ctx.numbers = parts[4:]
 
 
-def _derive(forward: Any, transposed: Any) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., None], Callable[..., Any]]:
+def _derive(
+    forward: Any, transposed: Any
+) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., None], Callable[..., Any]]:
     """Set-up and backward of an operator, then of its transpose."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

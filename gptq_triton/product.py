@@ -30,7 +30,7 @@ def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant
         x = x if x.stride(1) == 1 else x.contiguous()
     stride = x.stride(-2) if x.dim() == 2 else K
     rows = dispatch.ROWS_OF_DECODE if batch_invariant else M
-    if M <= rows:
+    if rows >= M:
         _launch(weight, M, stride, x, bias, batch_invariant)(x, stride, y)
         return y
     xs, ys = x.view(M, K) if x.dim() != 2 else x, y.view(M, weight.N)
@@ -45,9 +45,7 @@ _MOST_LAUNCHES = 4096  # of a weight: one for each number of rows
 Launch = Callable[[Tensor, int, Tensor], None]  # x, contiguous but for its row stride; that stride; contiguous y
 
 
-def _launch(
-    weight: TiledWeight, M: int, stride: int, x: Tensor, bias: Tensor | None, batch_invariant: bool
-) -> Launch:
+def _launch(weight: TiledWeight, M: int, stride: int, x: Tensor, bias: Tensor | None, batch_invariant: bool) -> Launch:
     """Everything about a product that the values of x do not change, made once."""
     aligned = x.data_ptr() % 16 == 0 and stride % 8 == 0
     # a weight's own, so that a warm call looks up little
@@ -254,6 +252,7 @@ def _in_order(x: Tensor, weight: TiledWeight) -> Tensor:
 
 
 def problem_of(M: int, dtype: torch.dtype, device: int, weight: TiledWeight) -> Problem:
+    """What plans for M rows of x and this weight depend on."""
     half_scales = weight.dtype != torch.float32
     return Problem(
         M, weight.strips, weight.steps, weight.spec.bits, weight.group_columns, dtype, half_scales, *gpu(device)

@@ -23,14 +23,14 @@ BUCKETS = (4, 8, 16, 32, 64)  # rows of x that share a plan, up to
 
 def case(problem: Problem) -> str:
     """What a measured plan depends on, as tables name it."""
-    rows = next(rows for rows in BUCKETS if problem.M <= rows)
+    rows = next(rows for rows in BUCKETS if rows >= problem.M)
     group = f" g{problem.group_columns}" if problem.group_columns < 128 else ""
     return f"{problem.strips * 16}x{problem.steps * 128} w{problem.bits}{group} m{rows}"
 
 
 def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
     """The measured plan for a case on a GPU, or None: the user's own before the shipped one."""
-    if problem.M > BUCKETS[-1] or not problem.takes_digits:
+    if BUCKETS[-1] < problem.M or not problem.takes_digits:
         return None
     found = _table(gpu).get(case(problem))
     return None if found is None else plan_from(found)

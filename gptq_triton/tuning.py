@@ -104,4 +104,3 @@ def _time(problem: Problem, plan: FusedPlan, copies: list[TiledWeight]) -> float
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(launches))
     return sorted(times)[len(times) // 2]
-

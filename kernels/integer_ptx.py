@@ -36,7 +36,7 @@ def load_asm(bits: int, addresses: int = 1) -> tuple[str, str]:
 def registers_asm(bits: int, *, signed: bool = False) -> tuple[str, str]:
     """Outputs the 16 registers in the order [s][hb][r8], inputs the words, for a signed product padded to vectors.
 
-    Signed bytes hold less: where codes fill a byte, half the range is subtracted (`meta_asm` does the same to zero points).
+    Signed bytes hold less: where codes fill a byte, half the range is subtracted (`meta_asm` does so to zero points).
     """
     lines: list[str] = []
     temporaries: list[str] = []

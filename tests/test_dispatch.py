@@ -45,13 +45,13 @@ problems = st.builds(
 
 @given(problems, st.booleans(), st.booleans())
 def test_every_plan_can_be_launched(problem, transposed, batch_invariant):
-    plan = choose(problem, transposed=transposed, batch_invariant=batch_invariant)
-    assert type(plan)(**json.loads(json.dumps(asdict(plan)))) == plan
+    chosen = choose(problem, transposed=transposed, batch_invariant=batch_invariant)
+    assert type(chosen)(**json.loads(json.dumps(asdict(chosen)))) == chosen
     if transposed:
-        assert isinstance(plan, DequantizePlan)
-        assert plan.strips >= 1
+        assert isinstance(chosen, DequantizePlan)
+        assert chosen.strips >= 1
         return
-    for plan in [plan, *(candidates(problem) if problem.M <= 192 else ())]:
+    for plan in [chosen, *(candidates(problem) if problem.M <= 192 else ())]:
         if isinstance(plan, DequantizePlan):
             continue
         assert 1 <= plan.split <= problem.steps

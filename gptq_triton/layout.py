@@ -47,8 +47,8 @@ class TiledWeight:
 
     Attributes:
         words: int32 (strips, steps, 64 * bits): strips = ceil(N / 16), steps = ceil(columns / 128).
-        meta: int32 (groups of columns, strips * 16), scale bits above the zero point, rows g and g + 8 of a strip adjacent;
-            where scales have 32 bits, the zero point alone. The groups of the last step are all there, needed or not.
+        meta: int32 (groups of columns, strips * 16), scale bits above the zero point, rows g and g + 8 of a strip
+            adjacent; where scales have 32 bits, the zero point alone. All groups of the last step are there.
         scales: float32 (groups of columns, strips * 16) in the order of ``meta``, or None when they fit into it.
         order: int32 (steps * 128,), which column of x is multiplied by each column of the tiles, -1 for padding; None
             when it is the identity.

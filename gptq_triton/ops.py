@@ -1,8 +1,8 @@
 """``x @ W`` and ``dy @ W.T`` as torch operators: reference or kernels, gradients, fakes.
 
 A packed weight (checkpoint form) is multiplied by the reference on any device, a tiled weight by the kernels of its
-GPU. All operators are opaque to torch.compile, so the choice of a kernel may depend on M without a recompilation, and an
-operator and its transpose are each other's derivative. Importing this module touches no GPU and no kernel.
+GPU. All operators are opaque to torch.compile, so the choice of a kernel may depend on M without a recompilation, and
+an operator and its transpose are each other's derivative. Importing this module touches no GPU and no kernel.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def decode() -> str:
         f"Decoding on one {_machine(result)}: microseconds per product (fraction of the floor), fp16 activations, "
         "groups of 128 with zero points. The floor is the time to read the weight once at the bandwidth of a kernel "
         "that only reads. Speed-ups are geometric means over M = 1 to 64, against humming, the kernels that vLLM "
-        f"uses, in its zero-point mode, and against cuBLAS in fp16; the last rows are those of all {len(shapes)} "
-        "shapes of six models. Measured by `make bench-speed`.",
+        f"uses, in its zero-point mode, and against cuBLAS in fp16; the last rows are means over {len(shapes)} layers "
+        "of six models. Measured by `make bench-speed`.",
         "",
         "| N x K | bits | " + " | ".join(f"M = {M}" for M in SHOWN_ROWS) + " | x humming | x cuBLAS |",
         "|---|---|" + "---|" * (len(SHOWN_ROWS) + 2),

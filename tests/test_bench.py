@@ -4,12 +4,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gptq_triton import reference
+from gptq_triton.layout import tile_weight
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
@@ -180,9 +180,7 @@ def test_a_missing_peer_is_a_row(no_gpu):
 
 def test_ours_multiplies_by_tiles(no_gpu, monkeypatch):
     tiled = []
-    layout = SimpleNamespace(tile_weight=lambda weight: tiled.append(weight) or weight)
-    monkeypatch.setitem(sys.modules, "gptq_triton.layout", layout)
-    monkeypatch.setattr(providers.ops, "matmul", reference.matmul)
+    monkeypatch.setattr(providers, "tile_weight", lambda weight: tiled.append(weight) or tile_weight(weight))
     monkeypatch.setattr(providers.Ours, "plan", lambda self, case: "a plan")
     (found,) = speed.Bench([SMALL], CEILINGS, device="cpu").measure(SMALL, [providers.Ours()])
     assert len(tiled) == 1, "copies are clones"

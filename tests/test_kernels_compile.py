@@ -111,6 +111,15 @@ def ptxas_report(compiled, tmp_path: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+def allowed_spill(dtype: str) -> int:
+    """Bytes: none, but ptxas parks a few registers of some float32 kernels, and of one more with Triton 3.6."""
+    import triton
+
+    if dtype == "fp32":
+        return 16
+    return 8 if triton.__version__.startswith("3.6.") else 0
+
+
 def check(compiled, arch: str, dtype: str, tmp_path: Path) -> None:
     assert compiled.metadata.shared <= SHARED_MEMORY[arch]
     if arch.startswith("gfx"):
@@ -121,8 +130,7 @@ def check(compiled, arch: str, dtype: str, tmp_path: Path) -> None:
         report = ptxas_report(compiled, tmp_path)
         spilled = re.search(r"(\d+) bytes spill stores", report)
         assert spilled
-        # ptxas parks a few registers of some float32 kernels, although most are free
-        assert int(spilled[1]) <= (32 if dtype == "fp32" else 0), report
+        assert int(spilled[1]) <= allowed_spill(dtype), report
         assert "C75" not in report, report  # wgmma serialized
 
 

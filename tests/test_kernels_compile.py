@@ -116,7 +116,7 @@ def allowed_spill(dtype: str) -> int:
     import triton
 
     if dtype == "fp32":
-        return 16
+        return 32
     return 8 if triton.__version__.startswith("3.6.") else 0
 
 

@@ -112,12 +112,13 @@ def ptxas_report(compiled, tmp_path: Path) -> str:
 
 
 def allowed_spill(dtype: str) -> int:
-    """Bytes: none, but ptxas parks a few registers of some float32 kernels, and of one more with Triton 3.6."""
+    """Bytes: none, but ptxas parks registers of some float32 kernels; with Triton 3.6 more, and two of another."""
     import triton
 
+    old = triton.__version__.startswith("3.6.")
     if dtype == "fp32":
-        return 32
-    return 8 if triton.__version__.startswith("3.6.") else 0
+        return 128 if old else 32
+    return 8 if old else 0
 
 
 def check(compiled, arch: str, dtype: str, tmp_path: Path) -> None:

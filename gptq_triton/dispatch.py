@@ -166,12 +166,15 @@ _DECODE = {
     4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
 _WIDE = {2: (8, 4, 8), 3: (8, 4, 8), 4: (8, 4, 8), 8: (16, 2, 4)}  # (warps, depth, chunk)
-# rows of x up to: (block_n, warps, stages, registers, programs that fit on a multiprocessor)
-_MATMUL = {
-    16: ((128, 4, 4, 128, 4), (64, 4, 4, None, 4)),
-    32: ((128, 4, 4, 168, 3), (64, 4, 4, None, 4)),
-    64: ((128, 4, 3, None, 2), (64, 4, 3, None, 3)),
+# (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
+_HOPPER = {
+    16: ((128, 4, 4, 128), (64, 4, 4, None)),
+    32: ((128, 4, 4, 168), (64, 4, 4, None)),
+    64: ((128, 4, 3, None), (64, 4, 3, None)),
 }
+_NVIDIA = {16: ((128, 4, 3, None),), 32: ((128, 4, 3, None),)}
+_AMD = {16: ((64, 4, 2, None),), 64: ((64, 4, 2, None),)}
+_FLOAT = {16: ((32, 8, 2, None),)}
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 elsewhere
 
@@ -200,10 +203,13 @@ def _wide(problem: Problem) -> Iterator[WidePlan]:
 
 def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
     ptx = problem.capability >= 80 and problem.dtype != torch.float32
-    block_m = next(rows for rows in (16, 32, 64) if rows >= problem.M or rows == 64)
-    for block_n, warps, stages, registers, _ in _MATMUL[block_m]:
-        if not ptx:  # room for the portable unpacking
-            block_m, block_n, stages, registers = min(block_m, 32), 64, 2, None
+    if problem.dtype == torch.float32:
+        table = _FLOAT
+    else:
+        table = _HOPPER if problem.capability == 90 else _NVIDIA if ptx else _AMD
+    block_m = next((rows for rows in table if problem.M <= rows), max(table))
+    for block_n, warps, stages, registers in table[block_m]:
+        registers = registers if problem.group_columns >= 128 else None  # smaller groups take more
         for split in _SPLITS:
             if split <= problem.steps:
                 yield MatmulPlan(block_m, block_n, split, warps, stages, registers, ptx)
@@ -220,8 +226,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     elif isinstance(plan, WidePlan):
         resident, cycles = max(1, 16 // plan.warps), 230
     else:
-        sizes = {(block_n, stages): fit for block_n, _, stages, _, fit in _MATMUL[plan.block_m]}
-        resident, cycles = sizes.get((plan.block_n, plan.num_stages), 2), 190 + 5 * plan.block_m
+        resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m
         blocks_m = -(-problem.M // plan.block_m)
     programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
     slots = resident * problem.multiprocessors

@@ -207,7 +207,7 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
         table = _FLOAT
     else:
         table = _HOPPER if problem.capability == 90 else _NVIDIA if ptx else _AMD
-    block_m = next((rows for rows in table if problem.M <= rows), max(table))
+    block_m = next((rows for rows in table if rows >= problem.M), max(table))
     for block_n, warps, stages, registers in table[block_m]:
         registers = registers if problem.group_columns >= 128 else None  # smaller groups take more
         for split in _SPLITS:

@@ -62,11 +62,20 @@ class DecodePlan:
     depth: int
     chunk: int
     split: int
+    persistent: bool = False
 
     @property
     def strips_of_program(self) -> int:
-        """Strips that a program owns."""
+        """Strips that a program owns at a time."""
         return self.strips * self.warps_n
+
+    def programs(self, problem: Problem) -> int:
+        """Over the strips: one for each tile, or as few as are as fast when each takes one tile after another."""
+        tiles = -(-problem.strips // self.strips_of_program)
+        if not self.persistent:
+            return tiles
+        slots = problem.multiprocessors * max(1, 16 // (self.warps_n * self.warps_k))
+        return -(-tiles // -(-tiles // slots))
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,9 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
         for split in _SPLITS:
             if split <= rounds:
                 yield DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, split)
+        one_by_one = DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, 1, True)
+        if one_by_one.programs(problem) < -(-problem.strips // one_by_one.strips_of_program):
+            yield one_by_one
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
@@ -220,9 +232,10 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
 
     The constants are an H200's: 4.3 TB/s, and cycles of a warp for a strip and step as measured at 1.7 GHz.
     """
-    blocks_m = 1
+    blocks_m, filling = 1, 0.4
     if isinstance(plan, DecodePlan):
         resident, cycles = max(1, 16 // (plan.warps_n * plan.warps_k)), 70 + 30 * plan.tiles
+        filling = 0.1 if plan.persistent else 0.4
     elif isinstance(plan, WidePlan):
         resident, cycles = max(1, 16 // plan.warps), 230
     else:
@@ -235,4 +248,4 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     work = problem.strips * problem.steps * busiest
     arrival = work * 256 * problem.bits / 4.3e6
     arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
-    return max(arrival, arithmetic) + 0.4 * waves + (0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split)
+    return max(arrival, arithmetic) + filling * waves + (0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split)

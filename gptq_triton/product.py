@@ -124,14 +124,15 @@ def _by_digits(
         rows=rows if wide else 0,
         pdl=pdl,
     )
-    programs = -(-strips // plan.strips_of_program)
+    tiles = -(-strips // plan.strips_of_program)
+    programs = tiles if wide else plan.programs(problem)
     # one piece of memory, in words: digits, sums, workspace
     digit_words = steps * rows * 64
     sum_words = steps * 2 * subgroups * (rows if wide else 8 * rows)
     words = digit_words + sum_words
     if split > 1:
-        words += split * programs * 16 * plan.strips_of_program * rows
-    counters = programs if split > 1 else 0
+        words += split * tiles * 16 * plan.strips_of_program * rows
+    counters = tiles if split > 1 else 0
     grid = -(-steps // digits_module.STEPS)
     order, bias_address = (None if t is None else t.data_ptr() for t in (weight.order, bias))
     tile_words, tile_meta = weight.words.data_ptr(), weight.meta.data_ptr()

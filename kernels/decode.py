@@ -62,6 +62,16 @@ def _every_strip(t, L: gl.constexpr, SHAPE: gl.constexpr):
 
 
 @gluon.jit
+def _pointers(words_ptr, meta_ptr, tile, strips, strip_words, S: gl.constexpr, L: gl.constexpr):
+    """To the words and the meta of each lane for the first step of a tile's strips, [1, S, 32]."""
+    LS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
+    LL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))
+    strip = gl.expand_dims(gl.expand_dims(gl.minimum(tile * S + gl.arange(0, S, LS), strips - 1), 0), 2)
+    lane = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, LL), 0), 1)
+    return words_ptr + strip.to(gl.int64) * strip_words + lane * 4, meta_ptr + strip * 16 + lane // 4 * 2
+
+
+@gluon.jit
 def _step(
     acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, SUBGROUPS: gl.constexpr, WARPS_K: gl.constexpr,
     DL: gl.constexpr, UL: gl.constexpr, L: gl.constexpr,
@@ -102,9 +112,10 @@ def decode_kernel(
     M, N, steps, strips, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
-    PDL: gl.constexpr, L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr,
+    PERSISTENT: gl.constexpr, PDL: gl.constexpr,
+    L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr,
 ):  # fmt: skip
-    """One tile of y, or of a partial sum, a program."""
+    """Tiles of y, or of a partial sum: one a program, or if PERSISTENT one after another, words of the next in flight."""
     S: gl.constexpr = STRIPS * WARPS_N
     STEP_WORDS: gl.constexpr = 64 * T.bits
     WIDTH: gl.constexpr = 64 * SUBGROUPS  # of the sums of a step and tile
@@ -112,10 +123,10 @@ def decode_kernel(
     if PDL:
         do(LAUNCH_DEPENDENTS)
 
-    # Which tile is mine: strips S * pid_n ..., rounds lo ... hi of WARPS_K steps
-    pid_n = gl.program_id(0)
+    # Which tiles are mine: strips S * tile ..., rounds lo ... hi of WARPS_K steps
     pid_k = gl.program_id(1)
     split = gl.num_programs(1)
+    tiles_n = (strips + S - 1) // S
     rounds = (steps + WARPS_K - 1) // WARPS_K
     lo = rounds * pid_k // split
     hi = rounds * (pid_k + 1) // split
@@ -124,14 +135,9 @@ def decode_kernel(
 
     # First pointers. Loads of W stay inside (clamped, not masked): beyond the end digits and units are 0
     LK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
-    LS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
-    LL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))
     step = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS_K, LK), 1), 2) + lo * WARPS_K
-    strip = gl.expand_dims(gl.expand_dims(gl.minimum(pid_n * S + gl.arange(0, S, LS), strips - 1), 0), 2)
-    lane = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, LL), 0), 1)
-    step = step + strip * 0 + lane * 0
-    q_ptrs = words_ptr + strip.to(gl.int64) * (steps * STEP_WORDS) + lane * 4 + step * 0
-    m_ptrs = meta_ptr + strip * 16 + lane // 4 * 2 + step * 0
+    step = step + gl.zeros((WARPS_K, S, 32), gl.int32, L)
+    q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, gl.program_id(0), strips, steps * STEP_WORDS, S, L)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, CL))
     digit_offs = gl.expand_dims(row, 1) * 256 + gl.expand_dims(gl.arange(0, 256, gl.SliceLayout(0, CL)), 0)
     sum_offs = gl.expand_dims(row, 1) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CL)), 0)
@@ -158,93 +164,112 @@ def decode_kernel(
         sum_chunks.index(0), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present
     )
     async_copy.commit_group()
-    acc = ()
-    for _ in gl.static_range(2 * TILES):
-        acc = acc + (gl.zeros((WARPS_K, S, 32), gl.float32, L),)
-
-    # The loop over k: chunks of CHUNK rounds of digits, rounds of WARPS_K steps
-    side = 0
-    for chunk in range(lo, hi, CHUNK):
-        async_copy.wait_group(0)
-        barrier()
-        first = (chunk + CHUNK) * WARPS_K
-        present = gl.expand_dims(row // TILES + first < end, 1)
-        async_copy.async_copy_global_to_shared(
-            digit_chunks.index(1 - side), digits_ptr + first * TILES * 256 + digit_offs, mask=present
-        )
-        async_copy.async_copy_global_to_shared(
-            sum_chunks.index(1 - side), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present
-        )
-        async_copy.commit_group()
-        barrier()  # before the first read of the chunk, or the compiler adds one to every round
-        n = gl.minimum(CHUNK, hi - chunk)
-        for i in range(0, n, DEPTH):
-            for d in gl.static_range(DEPTH):
-                if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
-                    stage = side * CHUNK + i + d
-                    acc = _step(
-                        acc,
-                        q[d],
-                        meta[d],
-                        digits.index(stage),
-                        sums.index(stage),
-                        T,
-                        TILES,
-                        SUBGROUPS,
-                        WARPS_K,
-                        DL,
-                        UL,
-                        L,
-                    )
-                q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
-                meta = (
-                    meta[:d]
-                    + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
-                    + meta[d + 1 :]
-                )
-                step += WARPS_K
-                do(FENCE)
-        side = 1 - side
-    async_copy.wait_group(0)
-
-    # Epilogue: add the WARPS_K partial sums, then those of all programs in a fixed order
     partial = gl.allocate_shared_memory(gl.float32, [2 * TILES, WARPS_K, S * 32], FLAT)
-    for c in gl.static_range(2 * TILES):
-        part = acc[c] * T.higher if c % 2 else acc[c]
-        partial.index(c).store(part.reshape((WARPS_K, S * 32)))
-    barrier()
-    offs_j = gl.arange(0, S * 32, gl.SliceLayout(0, YL))
-    mine = True
-    if SPLITS:
-        tile_ptr = workspace_ptr + pid_n * (2 * TILES * S * 32) + offs_j
-        split_stride = gl.num_programs(0) * (2 * TILES * S * 32)
+    padded = (hi - lo + DEPTH - 1) // DEPTH * DEPTH  # rounds of words loaded for a tile
+    ahead = DEPTH  # of them, for the tile that words are loaded for
+    ahead_tile = gl.program_id(0)
+    if PERSISTENT:
+        if ahead == padded:
+            ahead = 0
+            ahead_tile += gl.num_programs(0)
+            step -= padded * WARPS_K
+            q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, L)
+    side = 0
+    for tile in range(gl.program_id(0), tiles_n, gl.num_programs(0)):
+        acc = ()
+        for _ in gl.static_range(2 * TILES):
+            acc = acc + (gl.zeros((WARPS_K, S, 32), gl.float32, L),)
+
+        # The loop over k: chunks of CHUNK rounds of digits, rounds of WARPS_K steps
+        for chunk in range(lo, hi, CHUNK):
+            async_copy.wait_group(0)
+            barrier()
+            first = (chunk + CHUNK) * WARPS_K
+            if PERSISTENT:
+                first = gl.where(chunk + CHUNK < hi, first, lo * WARPS_K)  # of the next tile
+            present = gl.expand_dims(row // TILES + first < end, 1)
+            async_copy.async_copy_global_to_shared(
+                digit_chunks.index(1 - side), digits_ptr + first * TILES * 256 + digit_offs, mask=present
+            )
+            async_copy.async_copy_global_to_shared(
+                sum_chunks.index(1 - side), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present
+            )
+            async_copy.commit_group()
+            barrier()  # before the first read of the chunk, or the compiler adds one to every round
+            n = gl.minimum(CHUNK, hi - chunk)
+            for i in range(0, n, DEPTH):
+                for d in gl.static_range(DEPTH):
+                    if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
+                        stage = side * CHUNK + i + d
+                        acc = _step(
+                            acc,
+                            q[d],
+                            meta[d],
+                            digits.index(stage),
+                            sums.index(stage),
+                            T,
+                            TILES,
+                            SUBGROUPS,
+                            WARPS_K,
+                            DL,
+                            UL,
+                            L,
+                        )
+                    q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
+                    meta = (
+                        meta[:d]
+                        + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
+                        + meta[d + 1 :]
+                    )
+                    step += WARPS_K
+                    do(FENCE)
+                if PERSISTENT:
+                    ahead += DEPTH
+                    if ahead == padded:
+                        ahead = 0
+                        ahead_tile += gl.num_programs(0)
+                        step -= padded * WARPS_K
+                        q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, L)
+            side = 1 - side
+
+        # Epilogue: add the WARPS_K partial sums, then those of all programs in a fixed order
         for c in gl.static_range(2 * TILES):
-            gl.store(tile_ptr + pid_k * split_stride + c * S * 32, gl.sum(partial.index(c).load(YL), 0))
+            part = acc[c] * T.higher if c % 2 else acc[c]
+            partial.index(c).store(part.reshape((WARPS_K, S * 32)))
         barrier()
-        mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == split - 1
+        offs_j = gl.arange(0, S * 32, gl.SliceLayout(0, YL))
+        mine = True
+        if SPLITS:
+            part_ptr = workspace_ptr + tile * (2 * TILES * S * 32) + offs_j
+            split_stride = tiles_n * (2 * TILES * S * 32)
+            for c in gl.static_range(2 * TILES):
+                gl.store(part_ptr + pid_k * split_stride + c * S * 32, gl.sum(partial.index(c).load(YL), 0))
+            barrier()
+            mine = gl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == split - 1
+            if mine:
+                gl.store(counters_ptr + tile, 0)
         if mine:
-            gl.store(counters_ptr + pid_n, 0)
-    if mine:
-        for c in gl.static_range(2 * TILES):
-            if SPLITS:
-                y = gl.load(tile_ptr + c * S * 32, cache_modifier=".cg")
-                for j in range(1, split):
-                    y += gl.load(tile_ptr + j * split_stride + c * S * 32, cache_modifier=".cg")
-            else:
-                y = gl.sum(partial.index(c).load(YL), 0)
-            # row g + 8 r8 of a strip and row t of a tile of x
-            offs_n = (pid_n * S + offs_j // 32) * 16 + 8 * (c % 2) + offs_j % 32 // 4
-            offs_m = 4 * (c // 2) + offs_j % 4
-            if bias_ptr is not None:
-                y += gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
-            y_ptrs = y_ptr + offs_m.to(gl.int64) * stride_ym + offs_n
-            gl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M) & (offs_n < N))
+            for c in gl.static_range(2 * TILES):
+                if SPLITS:
+                    y = gl.load(part_ptr + c * S * 32, cache_modifier=".cg")
+                    for j in range(1, split):
+                        y += gl.load(part_ptr + j * split_stride + c * S * 32, cache_modifier=".cg")
+                else:
+                    y = gl.sum(partial.index(c).load(YL), 0)
+                # row g + 8 r8 of a strip and row t of a tile of x
+                offs_n = (tile * S + offs_j // 32) * 16 + 8 * (c % 2) + offs_j % 32 // 4
+                offs_m = 4 * (c // 2) + offs_j % 4
+                if bias_ptr is not None:
+                    y += gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
+                y_ptrs = y_ptr + offs_m.to(gl.int64) * stride_ym + offs_n
+                gl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M) & (offs_n < N))
+    async_copy.wait_group(0)
 
 
 @functools.cache
 def constants(
     bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int,
-    splits: bool, group_columns: int, pdl: bool,
+    splits: bool, persistent: bool, group_columns: int, pdl: bool,
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
     subgroups = max(1, 128 // group_columns)
@@ -258,6 +283,7 @@ def constants(
     return {
         "T": Text(bits, scales_bf16, subgroups, warpgroup=False), "TILES": tiles, "STRIPS": strips, "WARPS_N": warps_n,
         "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
+        "PERSISTENT": persistent,
         "GROUP_STEPS": max(1, group_columns // 128),
         "SUBGROUPS": subgroups, "PDL": pdl,
         "L": linear(
@@ -278,7 +304,8 @@ def constants(
 
 def prepare_decode(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
-    tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int, pdl: bool,
+    tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
+    persistent: bool, pdl: bool,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -296,6 +323,7 @@ def prepare_decode(
         depth: Rounds of words in flight.
         chunk: Rounds of digits staged at a time, a multiple of depth.
         split: Programs over k.
+        persistent: A program takes one tile after another.
         pdl: Programmatic dependent launch (sm_90 on).
 
     Returns:
@@ -309,7 +337,9 @@ def prepare_decode(
         - workspace: float32, split * programs * 64 * tiles * strips * warps_n elements; None when split is 1.
         - counters: int32, a zero for each of ``programs``, left at zero; None when split is 1.
     """
-    names = constants(bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, group_columns, pdl)
+    names = constants(
+        bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl
+    )
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     pointers = (*[torch.int32] * 4, bias, dtype, *meeting)
     return prepare(decode_kernel, device, pointers, 5, names, num_warps=warps_n * warps_k, launch_pdl=pdl)

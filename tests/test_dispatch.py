@@ -73,6 +73,15 @@ def test_every_plan_can_be_launched(problem, transposed, batch_invariant):
             assert not plan.ptx or (problem.capability >= 80 and problem.dtype != torch.float32)
 
 
+def test_persistent_programs_share_the_tiles_evenly():
+    plan = DecodePlan(1, 1, 2, 8, 4, 4, 1, True)
+    problem = replace(H200, strips=1792)  # 896 tiles: seven for each of 128 programs
+    assert plan.programs(problem) == 128
+    assert replace(plan, persistent=False).programs(problem) == 896
+    assert plan in set(candidates(problem))
+    assert plan not in set(candidates(replace(problem, strips=264)))  # a tile for each multiprocessor
+
+
 @given(problems)
 def test_a_batch_invariant_plan_sums_in_one_order_for_every_m(problem):
     plans = [choose(replace(problem, M=M), batch_invariant=True) for M in range(1, 9)]

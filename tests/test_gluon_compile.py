@@ -79,7 +79,10 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
     firsts: dict[type, DecodePlan | WidePlan] = {}
     for plan in candidates(problem):
         if isinstance(plan, (DecodePlan, WidePlan)):
-            firsts.setdefault(type(plan), replace(plan, split=1 if bias else 2))
+            plan = replace(plan, split=1 if bias else 2)
+            if isinstance(plan, DecodePlan):
+                plan = replace(plan, persistent=bias)
+            firsts.setdefault(type(plan), plan)
     assert DecodePlan in firsts
     for plan in firsts.values():
         binary = compiled_plan(problem, plan, bias=bias)

@@ -124,6 +124,11 @@ def test_every_plan_gives_the_same_answer(M, group_size):
         y = torch.full_like(expected, float("nan"))
         product.prepare_launch(problem, plan, tiled, None, True, 0)(x, 1536, y)
         assert torch.equal(y, expected), plan
+        if isinstance(plan, dispatch.DecodePlan):  # a few programs, which take one tile after another
+            few, plan = replace(problem, multiprocessors=2), replace(plan, persistent=True)
+            y = torch.full_like(expected, float("nan"))
+            product.prepare_launch(few, plan, tiled, None, True, 0)(x, 1536, y)
+            assert torch.equal(y, expected), plan
 
 
 @pytest.mark.parametrize("dtype", HALVES)

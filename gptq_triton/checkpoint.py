@@ -11,7 +11,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,6 +52,8 @@ def save_quantized(
             something that must not be replaced.
     """
     fields = getattr(model.config, "quantization_config", None)
+    if hasattr(fields, "to_dict"):  # as transformers keeps it
+        fields = cast("Any", fields).to_dict()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not isinstance(fields, Mapping) or not layers:
         raise ValueError("model holds no quantized layers; run quantize_model first")
@@ -60,12 +62,7 @@ def save_quantized(
     formats = {layer.checkpoint_format for layer in layers.values()}
     if formats != {label}:
         raise ValueError(f"layers are stored as {sorted(formats)}, the config says {label!r}")
-    for name, layer in layers.items():
-        if layer.infeatures * layer.bits % 32 or layer.outfeatures * layer.bits % 32:
-            raise ValueError(
-                f"{name} has {layer.infeatures} inputs and {layer.outfeatures} outputs, "
-                f"which do not fill whole words of {layer.bits}-bit codes: no checkpoint can hold it"
-            )
+    check_storable(layers)
     about: Any = model.config
     about.quantization_config = fields = {**fields, "desc_act": any(layer.act_order for layer in layers.values())}
     with replacing(folder) as fresh:
@@ -73,6 +70,20 @@ def save_quantized(
         (fresh / "quantize_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+
+
+def check_storable(layers: Mapping[str, QuantLinear]) -> None:
+    """Refuse layers that no checkpoint can hold.
+
+    Raises:
+        ValueError: Codes or zero points do not fill whole words.
+    """
+    for name, layer in layers.items():
+        if layer.infeatures * layer.bits % 32 or layer.outfeatures * layer.bits % 32:
+            raise ValueError(
+                f"{name} has {layer.infeatures} inputs and {layer.outfeatures} outputs, "
+                f"which do not fill whole words of {layer.bits}-bit codes: no checkpoint can hold it"
+            )
 
 
 def load_quantized(
@@ -108,18 +119,7 @@ def load_quantized(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with open_files(where) as files:
         wrong_label = _fill(model, where, files, quantization, device)
-    if wrong_label:
-        logger.warning(
-            "%s says checkpoint_format %r, but the zero points of %d symmetric layers are stored the other way "
-            "(first: %s); read as stored",
-            folder,
-            quantization.checkpoint_format,
-            len(wrong_label),
-            wrong_label[0],
-        )
-        found = {layer.checkpoint_format for layer in model.modules() if isinstance(layer, QuantLinear)}
-        if len(found) == 1:
-            quantization = dataclasses.replace(quantization, checkpoint_format=found.pop())
+    quantization = relabelled(quantization, model, wrong_label, folder)
     model.tie_weights()
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
@@ -132,6 +132,30 @@ def load_quantized(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.quantization_config = quantization.to_dict()
     return model.eval()
+
+
+def stored_as(config: QuantizeConfig, *names: str) -> QuantizeConfig:
+    """The configuration of a layer that a checkpoint holds quantized; a rule may be about any of its names."""
+    rules = (config.for_module(name) for name in names)
+    return next((rule for rule in rules if rule not in (None, config)), config)
+
+
+def relabelled(
+    config: QuantizeConfig, model: nn.Module, wrong_label: Sequence[str], source: str | Path
+) -> QuantizeConfig:
+    """The configuration with the checkpoint format that the tensors prove, after a warning if it is another."""
+    if not wrong_label:
+        return config
+    logger.warning(
+        "%s says checkpoint_format %r, but the zero points of %d symmetric layers are stored the other way "
+        "(first: %s); read as stored",
+        source,
+        config.checkpoint_format,
+        len(wrong_label),
+        wrong_label[0],
+    )
+    found = {layer.checkpoint_format for layer in model.modules() if isinstance(layer, QuantLinear)}
+    return dataclasses.replace(config, checkpoint_format=found.pop()) if len(found) == 1 else config
 
 
 def load_quant(
@@ -189,8 +213,7 @@ def _fill(
     kinds: dict[tuple[int, int], list[str]] = {}
     sym: dict[str, bool] = {}
     for name, own_name in layers.items():
-        rules = (config.for_module(name), config.for_module(own_name))  # a rule may be about either name
-        own = next((rule for rule in rules if rule not in (None, config)), config)
+        own = stored_as(config, name, own_name)
         kinds.setdefault((own.bits, own.group_size), []).append(own_name)
         sym[name] = own.sym
     for (bits, group_size), names in kinds.items():

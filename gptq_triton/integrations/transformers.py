@@ -1,0 +1,277 @@
+"""GPTQ models in transformers: import this module, then use ``from_pretrained`` as ever.
+
+The import makes transformers load every GPTQ folder into :class:`gptq_triton.QuantLinear`, without optimum
+and gptqmodel; :func:`release_gptq` gives ``quant_method: "gptq"`` back to transformers' own loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.modeling_utils import load_state_dict
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from gptq_triton.checkpoint import check_storable, relabelled, stored_as
+from gptq_triton.config import read_config
+from gptq_triton.evaluate import tokenize
+from gptq_triton.experts import match_checkpoint
+from gptq_triton.inspection import PARTS
+from gptq_triton.linear import QuantLinear, make_quant
+from gptq_triton.model import quantize_model
+
+from .transformers_config import GptqTritonConfig
+
+__all__ = ["GptqTritonConfig", "GptqTritonQuantizer", "autogptq_config", "claim_gptq", "release_gptq"]
+
+_STOCK = AUTO_QUANTIZER_MAPPING["gptq"], AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
+
+
+class GptqTritonQuantizer(HfQuantizer):
+    """Loads GPTQ checkpoints into QuantLinear layers, and quantizes floating ones as they are loaded.
+
+    transformers makes and calls it; see its :class:`~transformers.quantizers.HfQuantizer` for when.
+    """
+
+    requires_calibration = False
+    quantization_config: GptqTritonConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        if not isinstance(quantization_config, GptqTritonConfig):
+            quantization_config = GptqTritonConfig(**quantization_config.to_dict())
+        super().__init__(quantization_config, **kwargs)
+        self._layers: dict[str, set[str]] = {}  # module name to the tensors that the checkpoint has of it
+        self._symmetric: set[str] = set()
+        self._target: torch.device | None = None  # where a model that is quantized here ends up
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Load on the CPU what is to be quantized: blocks go to the GPU one at a time."""
+        if self.pre_quantized or device_map is None:
+            return device_map
+        gpu = "cuda" if torch.cuda.is_available() else "cpu"
+        places = set(device_map.values()) if isinstance(device_map, Mapping) else {gpu}
+        if len(places) > 1:
+            raise ValueError(
+                f"device_map must name one device for a model that is quantized as it is loaded, got {device_map}; "
+                "save it, then load it across devices"
+            )
+        self._target = torch.device(places.pop())
+        return {"": torch.device("cpu")}
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Tensors of quantized layers stay as the checkpoint has them."""
+        owner, _, part = converter.target_patterns[0].rpartition(".")
+        return None if part in self._layers.get(owner, ()) else super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Experts that were taken apart are not put together again."""
+        names = set(model.state_dict()) if self._layers else set()
+        return [
+            step
+            for step in super().update_weight_conversions(weight_conversions, model)
+            if not (self._layers and isinstance(step, WeightConverter) and _is_fusion(step) and not _has(names, step))
+        ]
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        tensors: dict[str, Tensor] = {}
+        for file in checkpoint_files or ():
+            tensors |= load_state_dict(file, map_location="meta")
+        quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path()
+        if not self.pre_quantized:
+            if quantized:
+                raise ValueError(
+                    f"{folder} is quantized already, which its config.json does not say; "
+                    "load it with config=autogptq_config(folder) and without quantization_config"
+                )
+            if self.quantization_config.dataset is None:
+                raise ValueError("dataset must be given to quantize a model as it is loaded, got None")
+            return
+        if not quantized:
+            raise ValueError(f"{folder} holds no quantized layers (no tensor ends in .qweight)")
+        self._replace_layers(model, tensors, quantized)
+
+    def _replace_layers(self, model: Any, tensors: Mapping[str, Tensor], quantized: Iterable[str]) -> None:
+        """Put empty QuantLinear layers where the checkpoint has quantized ones."""
+        config = self.quantization_config.to_quantize_config()
+        place = match_checkpoint(model, tensors)
+        modules = {name for name, _ in model.named_modules()}
+        for name in quantized:
+            own_name = _in_model(place[f"{name}.qweight"].removesuffix(".qweight"), model, modules)
+            own = stored_as(config, name, own_name)
+            parts = {part for part in PARTS if f"{name}.{part}" in tensors}
+            missing = [part for part in PARTS[:3] if part not in parts]
+            if missing:
+                raise ValueError(f"{name} lacks {', '.join(missing)}")
+            options = {"device": "meta", "checkpoint_format": config.checkpoint_format}
+            make_quant(model, [own_name], own.bits, own.group_size, **options)
+            layer = cast("QuantLinear", model.get_submodule(own_name))
+            if (layer.bias is not None) and "bias" not in parts:
+                raise ValueError(f"{name}.bias is missing")
+            if "bias" in parts:
+                layer.bias = tensors[f"{name}.bias"]
+            self._layers[own_name] = parts
+            if own.sym:
+                self._symmetric.add(own_name)
+        for module in model.modules():  # some architectures would initialize `weight` of layers that have none now
+            bare = not module._parameters and not module._buffers
+            if bare and any(isinstance(child, QuantLinear) for child in module.modules()):
+                module._is_hf_initialized = True
+        tied = model.all_tied_weights_keys
+        for name in [name for name in tied if name.rpartition(".")[0] in self._layers]:
+            del tied[name]  # a quantized head is the embedding's no more
+        # optional in the format; what it lacks is filled in afterwards
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), r"\.g_idx$"}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            return self._quantize(model)
+        label = self.quantization_config.checkpoint_format
+        wrong_label = []
+        for name, parts in self._layers.items():
+            layer = cast("QuantLinear", model.get_submodule(name))
+            if layer.qweight.is_meta:
+                raise ValueError(f"{name} is offloaded; quantized layers run on the device that holds them")
+            try:  # checks every tensor, and finds out about act-order and dialect
+                layer.load_state_dict({part: getattr(layer, part) for part in parts}, assign=True)
+            except RuntimeError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if name not in self._symmetric:  # its zero points prove nothing
+                layer.checkpoint_format = label
+            if layer.checkpoint_format != label:
+                wrong_label.append(name)
+        config = self.quantization_config.to_quantize_config()
+        self.quantization_config.set_quantize_config(relabelled(config, model, wrong_label, model.name_or_path))
+        return model
+
+    def _quantize(self, model: Any) -> Any:
+        config = self.quantization_config
+        quantize_model(model, _calibration(model, config), config.to_quantize_config())
+        model.config.quantization_config = config
+        config.dataset = None  # it has done its work; a saved or copied config should not carry it
+        return model if self._target is None else model.to(self._target)
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Called before a model is saved: its config must say what the layers are."""
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        check_storable(layers)
+        self.quantization_config.desc_act = any(layer.act_order for layer in layers.values())
+        return None, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Put a floating layer, of the kind the architecture has there, in place of every quantized one."""
+        if isinstance(dtype, str):  # as a config that was saved has it
+            dtype = cast("torch.dtype", getattr(torch, dtype))
+        with torch.device("meta"):
+            plain = dict(type(model)(model.config).named_modules())
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, QuantLinear):
+                model.set_submodule(name, _floating(layer, dtype, isinstance(plain.get(name), Conv1D)))
+        return model
+
+    def is_serializable(self) -> Any:
+        """Whether ``save_pretrained`` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> Any:
+        """Whether adapters can be trained on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model."""
+        return True
+
+
+def claim_gptq() -> None:
+    """Let this package load what says ``quant_method: "gptq"``. Done by importing the module."""
+    AUTO_QUANTIZER_MAPPING["gptq"] = GptqTritonQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GptqTritonConfig
+
+
+def release_gptq() -> None:
+    """Give ``quant_method: "gptq"`` back to transformers' own loader; "gptq_triton" stays with this package."""
+    AUTO_QUANTIZER_MAPPING["gptq"], AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = _STOCK
+
+
+def autogptq_config(folder: str | Path) -> PreTrainedConfig:
+    """The config of a folder that AutoGPTQ wrote, in which transformers does not find its way.
+
+    Such folders describe the quantization in ``quantize_config.json`` only and call the weights
+    ``gptq_model-4bit-128g.safetensors`` or the like. Give the result to ``from_pretrained`` as ``config``.
+
+    Raises:
+        ValueError: The folder describes no GPTQ model, or holds several.
+    """
+    folder = Path(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
+    config.quantization_config = read_config(folder).to_dict()
+    files = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{folder} must hold one model, got {[file.name for file in files]}")
+    config.transformers_weights = files[0].name
+    return config
+
+
+def _in_model(name: str, model: PreTrainedModel, modules: set[str]) -> str:
+    """A module's name in a model that is the body, or has the body, of the one that was saved."""
+    prefix = model.base_model_prefix + "."
+    if name not in modules:
+        for other in (name.removeprefix(prefix), prefix + name):
+            if other in modules:
+                return other
+    return name
+
+
+def _is_fusion(step: WeightConverter) -> bool:
+    return any("*" in pattern for pattern in step.source_patterns)
+
+
+def _has(names: set[str], step: WeightConverter) -> bool:
+    return any(name.endswith(target) for target in step.target_patterns for name in names)
+
+
+def _calibration(model: Any, config: GptqTritonConfig) -> list[Any]:
+    """The dataset with texts turned into token ids."""
+    items = list(config.dataset or ())
+    if not any(isinstance(item, str) for item in items):
+        return items
+    tokenizer: Any = config.tokenizer or model.name_or_path
+    if isinstance(tokenizer, str):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    length = config.model_seqlen or min(most, 2048)
+    texts = [tokenize(tokenizer, item) if isinstance(item, str) else item for item in items]
+    return [text.segment(0, length) if hasattr(text, "segment") else text for text in texts]
+
+
+def _floating(layer: QuantLinear, dtype: torch.dtype | None, conv1d: bool) -> nn.Module:
+    weight = layer.dequantize(dtype)
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype, copy=True)
+    with torch.device("meta"):
+        if conv1d:  # transposed, and always with a bias
+            made: Any = Conv1D(layer.outfeatures, layer.infeatures)
+        else:
+            made = nn.Linear(layer.infeatures, layer.outfeatures, bias=bias is not None)
+    made.weight = nn.Parameter((weight.t() if conv1d else weight).contiguous())
+    if bias is not None:
+        made.bias = nn.Parameter(bias)
+    return made
+
+
+register_quantizer("gptq_triton")(GptqTritonQuantizer)
+register_quantization_config("gptq_triton")(GptqTritonConfig)
+claim_gptq()

@@ -109,9 +109,7 @@ def main() -> None:
         result: dict[str, Any] = {"transformers": loading(saved, Path(scratch) / "again", tokens, prompt)}
         print(result, flush=True)
         result["peft"] = adapters(saved, random_segments(text, LENGTH, STEPS, seed=2))
-    method = (
-        f"SmolLM2-135M, 4 bits, groups of 128, asymmetric, act-order; LoRA rank 8, {STEPS} steps of {LENGTH} tokens"
-    )
+    method = f"SmolLM2-135M, 4 bits, groups of 128, asymmetric, act-order; LoRA rank 8, {STEPS} x {LENGTH} tokens"
     write(folder() / "integrations.json", provenance(method) | result)
 
 

@@ -12,6 +12,7 @@ from record import folder, provenance, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import gptq_triton.integrations.transformers  # noqa: F401 - teaches transformers to load GPTQ folders
 from gptq_triton import QuantizeConfig, load_quantized, quantize_model, save_quantized
 from gptq_triton.demo import PROMPT, load_smollm2, speeches
 from gptq_triton.evaluate import random_segments, tokenize
@@ -27,12 +28,13 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 def loading(saved: Path, again: Path, tokens: Tensor, prompt: Tensor) -> dict[str, Any]:
     """Load, generate, save and reload through transformers, against load_quantized."""
-    reference, model = load_quantized(saved, "cpu"), AutoModelForCausalLM.from_pretrained(saved, device_map="cpu")
+    reference: Any = load_quantized(saved, "cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(saved, device_map="cpu")
     expected = logits(reference, tokens)
     spoken: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
-    out = reference.generate(prompt, **spoken)  # pyright: ignore
+    out = reference.generate(prompt, **spoken)
     model.save_pretrained(again)
-    reloaded = AutoModelForCausalLM.from_pretrained(again)
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(again)
     return {
         "logits_equal": torch.equal(logits(model, tokens), expected),
         "generated_equal": torch.equal(model.generate(prompt, **spoken), out),
@@ -99,7 +101,7 @@ def main() -> None:
     model, tokenizer = load_smollm2()
     text = tokenize(tokenizer, speeches(1982, 2000))
     config = QuantizeConfig(4, 128, sym=False, desc_act=True)
-    quantize_model(model, random_segments(text, 512, 8, seed=0), config)
+    quantize_model(model, random_segments(text, 512, 4, seed=0), config)
     prompt: Any = tokenizer(PROMPT, return_tensors="pt").input_ids
     tokens = random_segments(text, 256, 1, seed=1)[0][None]
     with tempfile.TemporaryDirectory() as scratch:

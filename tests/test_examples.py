@@ -1,13 +1,15 @@
 """The scripts of examples/, on tiny models."""
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from tests.tiny import save_tiny, text
+from gptq_triton import QuantizeConfig, load_quantized, quantize_model, save_quantized
+from tests.tiny import batches, save_tiny, text, tiny, tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -35,3 +37,16 @@ def test_quantize_and_finetune(run, tmp_path):
         first, last = said.splitlines()[-1].removeprefix("loss ").split(" -> ")
         assert float(last) < 0.9 * float(first)
         assert (adapter / "adapter_model.safetensors").exists()
+
+
+def test_tensor_parallel(tmp_path):
+    model = tiny("llama")
+    quantize_model(model, batches(2), QuantizeConfig(4, 32), method="rtn", progress=False)
+    save_quantized(model, tmp_path / "model", tokenizer())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launch, EXAMPLES / "tensor_parallel.py", tmp_path / "model", "w1 w2 w3", "--tokens", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr
+    prompt = tokenizer()("w1 w2 w3", return_tensors="pt")
+    expected = load_quantized(tmp_path / "model", "cpu").generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert done.stdout.strip() == tokenizer().decode(expected[0])

@@ -32,7 +32,9 @@ from gptq_triton.inspection import PARTS
 from gptq_triton.linear import QuantLinear, make_quant
 from gptq_triton.model import quantize_model
 
+from .tensor_parallel import is_shard
 from .transformers_config import GptqTritonConfig
+from .transformers_parallel import leave_out, load_shards, plan_experts
 
 __all__ = ["GptqTritonConfig", "GptqTritonQuantizer", "autogptq_config", "claim_gptq", "release_gptq"]
 
@@ -53,7 +55,9 @@ class GptqTritonQuantizer(HfQuantizer):
             quantization_config = GptqTritonConfig(**quantization_config.to_dict())
         super().__init__(quantization_config, **kwargs)
         self._layers: dict[str, set[str]] = {}  # module name to the tensors that the checkpoint has of it
+        self._sources: dict[str, str] = {}  # module name to name in the checkpoint
         self._symmetric: set[str] = set()
+        self._shards: list[str] = []  # files to read parts of, under tensor parallelism
         self._target: torch.device | None = None  # where a model that is quantized here ends up
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -84,6 +88,11 @@ class GptqTritonQuantizer(HfQuantizer):
             if not (self._layers and isinstance(step, WeightConverter) and _is_fusion(step) and not _has(names, step))
         ]
 
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Parallel plans know experts in one piece only."""
+        super().update_parallel_plan(model, plan)
+        plan_experts(model, plan)
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         tensors: dict[str, Tensor] = {}
         for file in checkpoint_files or ():
@@ -102,6 +111,9 @@ class GptqTritonQuantizer(HfQuantizer):
         if not quantized:
             raise ValueError(f"{folder} holds no quantized layers (no tensor ends in .qweight)")
         self._replace_layers(model, tensors, quantized)
+        if getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1:
+            self._shards = list(checkpoint_files)
+            leave_out(model, self._sources)
 
     def _replace_layers(self, model: Any, tensors: Mapping[str, Tensor], quantized: Iterable[str]) -> None:
         """Put empty QuantLinear layers where the checkpoint has quantized ones."""
@@ -122,7 +134,7 @@ class GptqTritonQuantizer(HfQuantizer):
                 raise ValueError(f"{name}.bias is missing")
             if "bias" in parts:
                 layer.bias = tensors[f"{name}.bias"]
-            self._layers[own_name] = parts
+            self._layers[own_name], self._sources[own_name] = parts, name
             if own.sym:
                 self._symmetric.add(own_name)
         for module in model.modules():  # some architectures would initialize `weight` of layers that have none now
@@ -138,23 +150,28 @@ class GptqTritonQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             return self._quantize(model)
+        if self._shards:
+            load_shards(model, self._sources, self._symmetric, self._shards)
+        else:
+            self._settle(model)
         label = self.quantization_config.checkpoint_format
-        wrong_label = []
+        wrong_label = [name for name in self._layers if model.get_submodule(name).checkpoint_format != label]
+        config = self.quantization_config.to_quantize_config()
+        self.quantization_config.set_quantize_config(relabelled(config, model, wrong_label, model.name_or_path))
+        return model
+
+    def _settle(self, model: Any) -> None:
+        """Check every tensor that was loaded; find out about act-order and dialect."""
         for name, parts in self._layers.items():
             layer = cast("QuantLinear", model.get_submodule(name))
             if layer.qweight.is_meta:
                 raise ValueError(f"{name} is offloaded; quantized layers run on the device that holds them")
-            try:  # checks every tensor, and finds out about act-order and dialect
+            try:
                 layer.load_state_dict({part: getattr(layer, part) for part in parts}, assign=True)
             except RuntimeError as error:
                 raise ValueError(f"{name}: {error}") from None
             if name not in self._symmetric:  # its zero points prove nothing
-                layer.checkpoint_format = label
-            if layer.checkpoint_format != label:
-                wrong_label.append(name)
-        config = self.quantization_config.to_quantize_config()
-        self.quantization_config.set_quantize_config(relabelled(config, model, wrong_label, model.name_or_path))
-        return model
+                layer.checkpoint_format = self.quantization_config.checkpoint_format
 
     def _quantize(self, model: Any) -> Any:
         config = self.quantization_config
@@ -166,6 +183,7 @@ class GptqTritonQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Called before a model is saved: its config must say what the layers are."""
         layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        _check_whole(layers)
         check_storable(layers)
         self.quantization_config.desc_act = any(layer.act_order for layer in layers.values())
         return None, {}
@@ -174,6 +192,7 @@ class GptqTritonQuantizer(HfQuantizer):
         """Put a floating layer, of the kind the architecture has there, in place of every quantized one."""
         if isinstance(dtype, str):  # as a config that was saved has it
             dtype = cast("torch.dtype", getattr(torch, dtype))
+        _check_whole({name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)})
         with torch.device("meta"):
             plain = dict(type(model)(model.config).named_modules())
         for name, layer in list(model.named_modules()):
@@ -234,6 +253,12 @@ def _in_model(name: str, model: PreTrainedModel, modules: set[str]) -> str:
             if other in modules:
                 return other
     return name
+
+
+def _check_whole(layers: Mapping[str, QuantLinear]) -> None:
+    cut = next((name for name, layer in layers.items() if is_shard(layer)), None)
+    if cut is not None:
+        raise ValueError(f"{cut} is one rank's part of a layer; load the model on one device to save or dequantize it")
 
 
 def _is_fusion(step: WeightConverter) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import gptq_triton.integrations.transformers  # noqa: F401 - teaches transformers to load GPTQ folders
 

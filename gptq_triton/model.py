@@ -17,7 +17,17 @@ from .journal import Journal
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
 from .solver import Solution, solve
-from .streaming import Observer, as_batches, capture, decoder_blocks, default_device, runner, stages
+from .streaming import (
+    Observer,
+    as_batches,
+    capture,
+    decoder_blocks,
+    default_device,
+    head_inputs,
+    output_head,
+    runner,
+    stages,
+)
 
 
 @dataclass(frozen=True)
@@ -90,11 +100,12 @@ def quantize_model(
     workdir: str | Path | None = None,
     progress: bool = True,
 ) -> list[LayerReport]:
-    """Quantize every linear layer of a model's decoder blocks, in place.
+    """Quantize every linear layer of a model's decoder blocks, and its output head on request, in place.
 
-    Blocks are solved in sequence, each on the outputs of the quantized blocks before it. The result
-    is a pure function of the arguments: no random number is drawn. Fused experts are taken apart into
-    linear layers first; routers stay in full precision.
+    Blocks are solved in sequence, each on the outputs of the quantized blocks before it, and the head last.
+    The result is a pure function of the arguments: no random number is drawn. Fused experts are taken apart
+    into linear layers first; routers stay in full precision, and so does an embedding that shared its
+    weight with a quantized head.
 
     Args:
         model: A transformers causal LM whose blocks live in an nn.ModuleList, with floating weights.
@@ -113,20 +124,19 @@ def quantize_model(
         One report per layer, in the order of solving. ``model.config.quantization_config`` is set.
 
     Raises:
-        ValueError: The model has no blocks, calibration is empty, a layer's shape cannot be stored,
-            experts cannot be taken apart, or workdir belongs to another run.
+        ValueError: The model has no blocks, or no head to quantize, calibration is empty, a layer has a shape
+            that cannot be stored, experts cannot be taken apart, or workdir belongs to another run.
     """
     from tqdm.auto import tqdm  # with transformers, whose models these are
 
     config = config or QuantizeConfig()
-    if config.lm_head:
-        raise ValueError("lm_head=True: quantizing the output head is not supported; only decoder blocks are")
     if method not in ("gptq", "rtn"):
         raise ValueError(f"method must be 'gptq' or 'rtn', got {method!r}")
     batches = as_batches(calibration)
     unfuse(model, skip=lambda name: config.for_module(name) is None)
     blocks = decoder_blocks(model)
-    plan = _plan(model, blocks, config)
+    parts = blocks | (output_head(model) if config.lm_head else {})
+    plan = _plan(model, parts, config)
     journal = Journal(workdir, model, batches, config, method)
     device = torch.device(device) if device is not None else default_device(model)
     training = model.training
@@ -136,12 +146,18 @@ def quantize_model(
         hidden, calls = capture(model, list(blocks.values()), batches, device)
         masks = [batch["attention_mask"].bool().to(device) if "attention_mask" in batch else None for batch in batches]
         with tqdm(total=len(plan), desc="quantizing", unit="layer", disable=not progress) as bar:
-            for index, (block_name, block) in enumerate(blocks.items()):
+            for index, (block_name, block) in enumerate(parts.items()):
                 home = next(block.parameters()).device
-                block.to(device)
-                targets = {name: item for name, item in plan.items() if name.startswith(block_name + ".")}
-
-                run = runner(block, hidden, calls[index], device)
+                targets = {n: item for n, item in plan.items() if f"{n}.".startswith(block_name + ".")}
+                if block_name in blocks:
+                    block.to(device)
+                    run = runner(block, hidden, calls[index], device)
+                elif targets:
+                    hidden = head_inputs(model, blocks.values(), block, batches, hidden, device)
+                    _untie(model, block_name)
+                    run = runner(block.to(device), hidden, [((), {})] * len(batches), device)
+                else:  # a rule leaves the head alone
+                    break
                 if (kept := journal.load(index)) is None:
                     packed, found = _solve_block(targets, run, masks, config, method, bar)
                     journal.save(index, packed, found)
@@ -150,11 +166,11 @@ def quantize_model(
                     for name, layer in packed.items():
                         weight_of(targets[name].layer).copy_(layer.to(device).dequantize(torch.float32))
                     bar.update(len(targets))
-                if index + 1 < len(blocks):
+                if index + 1 < len(parts):
                     hidden = [run(batch) for batch in range(len(batches))]
                 for name, layer in packed.items():
                     model.set_submodule(name, layer)
-                block.to(home)
+                model.get_submodule(block_name).to(home)
                 reports += found
     finally:
         model.train(training)
@@ -169,7 +185,7 @@ def estimate(
     """What :func:`quantize_model` will take with the same arguments."""
     device = torch.device(device) if device is not None else default_device(model)
     model = skeleton(model, skip=lambda name: config.for_module(name) is None)
-    blocks = decoder_blocks(model)
+    blocks = decoder_blocks(model) | (output_head(model) if config.lm_head else {})
     plan = _plan(model, blocks, config)
     batches = as_batches(calibration)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
@@ -184,7 +200,9 @@ def estimate(
         # two forward passes, the Hessian (an upper bound: siblings share one), solving, three energies
         operations += 2 * seen * K * (2 * N + K) + 8 * N * K * K + 2 * K**3
     sizes = {name: sum(p.numel() * p.element_size() for p in block.parameters()) for name, block in blocks.items()}
-    hessians = {name: sum(4 * t.shape[1] ** 2 for n, t in plan.items() if n.startswith(name + ".")) for name in blocks}
+    hessians = {
+        name: sum(4 * t.shape[1] ** 2 for n, t in plan.items() if f"{n}.".startswith(name + ".")) for name in blocks
+    }
     weight = next(iter(plan.values())).layer.weight
     width = min(t.shape[1] for t in plan.values())
     activations = tokens * width * weight.element_size()  # pyright: ignore
@@ -195,6 +213,13 @@ def estimate(
         peak_bytes=2 * activations + max(sizes[name] + hessians[name] for name in blocks),
         seconds=operations / _matmul_rate(device),
     )
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Give the head a weight of its own, which will be overwritten."""
+    head: Any = model.get_submodule(name)
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    getattr(model, "all_tied_weights_keys", {}).pop(f"{name}.weight", None)
 
 
 def _plan(model: nn.Module, blocks: Mapping[str, nn.Module], config: QuantizeConfig) -> dict[str, _Target]:

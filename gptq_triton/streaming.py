@@ -115,6 +115,50 @@ def capture(
     return hidden, calls
 
 
+def head_inputs(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    head: nn.Module,
+    batches: list[Batch],
+    hidden: list[Tensor],
+    device: torch.device,
+) -> list[Tensor]:
+    """What the output head is given, per batch, when the last block puts out ``hidden``."""
+    found: list[Tensor] = []
+    where = next(model.parameters()).device
+
+    def stop(_: nn.Module, args: tuple) -> None:
+        found.append(args[0].to(device))
+        raise _Stop
+
+    with ExitStack() as undo:
+        undo.callback(head.register_forward_pre_hook(stop).remove)
+        for block in blocks:
+            block.forward = lambda *args, **kwargs: hidden[len(found)].to(where)
+            undo.callback(delattr, block, "forward")
+        for batch in batches:
+            try:
+                model(**{name: tensor.to(where) for name, tensor in batch.items()}, use_cache=False)
+            except _Stop:
+                continue
+            raise ValueError(f"{type(model).__name__} does not run its output head")
+    return found
+
+
+def output_head(model: nn.Module) -> dict[str, nn.Module]:
+    """Name and module of the output head.
+
+    Raises:
+        ValueError: There is none.
+    """
+    get: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get()
+    for name, module in model.named_modules():
+        if module is head:
+            return {name: module}
+    raise ValueError(f"lm_head=True, but {type(model).__name__} has no output head")
+
+
 def runner(
     block: nn.Module, hidden: list[Tensor], calls: list[tuple[tuple, dict]], device: torch.device
 ) -> Callable[..., Tensor]:

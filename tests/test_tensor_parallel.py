@@ -21,7 +21,7 @@ from tests.tiny import batches, tiny
 
 FORMS = {
     "llama": QuantizeConfig(4, 32),
-    "qwen3": QuantizeConfig(3, -1, sym=False),
+    "qwen3": QuantizeConfig(3, -1, sym=False, lm_head=True),
     "gemma3": QuantizeConfig(2, 16, sym=False, desc_act=True),
     "mistral": QuantizeConfig(4, 48, sym=False),
 }

@@ -25,7 +25,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 PROMPT = batches(1, 8)[0]
 FORMS = {
     "llama": QuantizeConfig(4, 32, desc_act=True),
-    "qwen3": QuantizeConfig(3, -1, sym=False),
+    "qwen3": QuantizeConfig(3, -1, sym=False, lm_head=True),
     "gemma3": QuantizeConfig(2, 16, sym=False, desc_act=True),
     "mistral": QuantizeConfig(4, 48, sym=False),
     "opt": QuantizeConfig(8, 128, sym=False, checkpoint_format="gptq"),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import QuantizeConfig, read_config
+from .embedding import make_layers
 from .experts import match_checkpoint
 from .files import check_target, open_files, read_tensor, read_tensors, replacing, shards
 from .inspection import PARTS
@@ -217,7 +218,7 @@ def _fill(
         kinds.setdefault((own.bits, own.group_size), []).append(own_name)
         sym[name] = own.sym
     for (bits, group_size), names in kinds.items():
-        make_quant(model, names, bits, group_size, device="meta", checkpoint_format=config.checkpoint_format)
+        make_layers(model, names, bits, group_size, device="meta", checkpoint_format=config.checkpoint_format)
     wrong_label = []
     for name, own_name in layers.items():
         layer = cast("QuantLinear", model.get_submodule(own_name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .config import QuantizeConfig
+from .embedding import empty_embedding, untie
 from .experts import Experts, routers, skeleton, unfuse
 from .journal import Journal
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
-from .solver import Solution, solve
+from .solver import Hessian, Solution, solve
 from .streaming import (
     Observer,
     as_batches,
@@ -143,6 +145,8 @@ def quantize_model(
     model.eval()
     reports: list[LayerReport] = []
     try:
+        if config.embeddings:
+            reports += _quantize_embedding(model, config, device)
         hidden, calls = capture(model, list(blocks.values()), batches, device)
         masks = [batch["attention_mask"].bool().to(device) if "attention_mask" in batch else None for batch in batches]
         with tqdm(total=len(plan), desc="quantizing", unit="layer", disable=not progress) as bar:
@@ -154,7 +158,8 @@ def quantize_model(
                     run = runner(block, hidden, calls[index], device)
                 elif targets:
                     hidden = head_inputs(model, blocks.values(), block, batches, hidden, device)
-                    _untie(model, block_name)
+                    untie(model, [block_name])
+                    block.weight = nn.Parameter(weight_of(block).detach().clone())  # overwritten as it is solved
                     run = runner(block.to(device), hidden, [((), {})] * len(batches), device)
                 else:  # a rule leaves the head alone
                     break
@@ -215,11 +220,27 @@ def estimate(
     )
 
 
-def _untie(model: nn.Module, name: str) -> None:
-    """Give the head a weight of its own, which will be overwritten."""
-    head: Any = model.get_submodule(name)
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    getattr(model, "all_tied_weights_keys", {}).pop(f"{name}.weight", None)
+def _quantize_embedding(model: nn.Module, config: QuantizeConfig, device: torch.device) -> list[LayerReport]:
+    """Round the vectors of the input embedding, which see no calibration, to nearest, unless a rule spares it."""
+    started = time.perf_counter()
+    table: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    name = next(name for name, module in model.named_modules() if module is table)
+    own = config.for_module(name)
+    if own is None:
+        return []
+    own = dataclasses.replace(own, desc_act=False)
+    _check_storable(name, (table.num_embeddings, table.embedding_dim), own)
+    layer = empty_embedding(table, own.bits, own.group_size, checkpoint_format=own.checkpoint_format)
+    every = Hessian(table.embedding_dim, device)
+    every.add(torch.eye(table.embedding_dim, device=device))  # the error is that of the weight
+    weight = table.weight.detach().to(device)
+    solution = solve({name: weight}, every, own.spec(), own.solver_options(), "rtn")[name]
+    packed = {key: value.to(table.weight.device) for key, value in _quant_linear(table, solution).state_dict().items()}
+    layer.load_state_dict(packed, assign=True)
+    layer.checkpoint_format = own.checkpoint_format
+    untie(model, [name])
+    model.set_input_embeddings(layer)  # pyright: ignore[reportCallIssue]
+    return [_report(name, solution, own, time.perf_counter() - started)]
 
 
 def _plan(model: nn.Module, blocks: Mapping[str, nn.Module], config: QuantizeConfig) -> dict[str, _Target]:
@@ -233,13 +254,18 @@ def _plan(model: nn.Module, blocks: Mapping[str, nn.Module], config: QuantizeCon
     if not plan:
         raise ValueError("the rules in `dynamic` leave no layer to quantize")
     for name, target in plan.items():
-        if any(size * target.config.bits % 32 for size in target.shape):
-            raise ValueError(
-                f"{name} has {target.shape[1]} inputs and {target.shape[0]} outputs; {target.config.bits}-bit "
-                f"checkpoints hold multiples of {32 if target.config.bits == 3 else 32 // target.config.bits}. "
-                f"Leave it in full precision with dynamic={{'-:{name}': {{}}}}"
-            )
+        _check_storable(name, target.shape, target.config)
     return plan
+
+
+def _check_storable(name: str, shape: tuple[int, int], config: QuantizeConfig) -> None:
+    """Raise ValueError if no checkpoint can hold a weight (N, K)."""
+    if any(size * config.bits % 32 for size in shape):
+        raise ValueError(
+            f"{name} has {shape[1]} inputs and {shape[0]} outputs; {config.bits}-bit "
+            f"checkpoints hold multiples of {32 if config.bits == 3 else 32 // config.bits}. "
+            f"Leave it in full precision with dynamic={{'-:{name}': {{}}}}"
+        )
 
 
 def _solve_block(

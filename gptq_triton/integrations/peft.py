@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from gptq_triton.embedding import QuantEmbedding
 from gptq_triton.linear import QuantLinear
 
 __all__ = ["LoraQuantLinear", "register"]
@@ -38,7 +39,8 @@ def register(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
             raise ValueError("target_modules is 'all-linear': register(config, model) needs the model to find them")
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         layers = (QuantLinear, nn.Linear, Conv1D)
-        config.target_modules = [n for n, m in model.named_modules() if isinstance(m, layers) and m is not head]
+        found = {n: m for n, m in model.named_modules() if isinstance(m, layers) and m is not head}
+        config.target_modules = [name for name, layer in found.items() if not isinstance(layer, QuantEmbedding)]
     config._register_custom_module({QuantLinear: LoraQuantLinear})
     return config
 

@@ -26,15 +26,16 @@ from transformers.quantizers.base import HfQuantizer
 
 from gptq_triton.checkpoint import check_storable, relabelled, stored_as
 from gptq_triton.config import read_config
+from gptq_triton.embedding import QuantEmbedding, make_layers, untie
 from gptq_triton.evaluate import tokenize
 from gptq_triton.experts import match_checkpoint
 from gptq_triton.inspection import PARTS
-from gptq_triton.linear import QuantLinear, make_quant
+from gptq_triton.linear import QuantLinear
 from gptq_triton.model import quantize_model
 
 from .tensor_parallel import is_shard
 from .transformers_config import GptqTritonConfig
-from .transformers_parallel import leave_out, load_shards, plan_experts
+from .transformers_parallel import adapt_plan, leave_out, load_shards
 
 __all__ = ["GptqTritonConfig", "GptqTritonQuantizer", "autogptq_config", "claim_gptq", "release_gptq"]
 
@@ -89,9 +90,9 @@ class GptqTritonQuantizer(HfQuantizer):
         ]
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
-        """Parallel plans know experts in one piece only."""
+        """Parallel plans know the architecture's own modules only."""
         super().update_parallel_plan(model, plan)
-        plan_experts(model, plan)
+        adapt_plan(model, plan)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         tensors: dict[str, Tensor] = {}
@@ -128,7 +129,7 @@ class GptqTritonQuantizer(HfQuantizer):
             if missing:
                 raise ValueError(f"{name} lacks {', '.join(missing)}")
             options = {"device": "meta", "checkpoint_format": config.checkpoint_format}
-            make_quant(model, [own_name], own.bits, own.group_size, **options)
+            make_layers(model, [own_name], own.bits, own.group_size, **options)
             layer = cast("QuantLinear", model.get_submodule(own_name))
             if (layer.bias is not None) and "bias" not in parts:
                 raise ValueError(f"{name}.bias is missing")
@@ -141,9 +142,7 @@ class GptqTritonQuantizer(HfQuantizer):
             bare = not module._parameters and not module._buffers
             if bare and any(isinstance(child, QuantLinear) for child in module.modules()):
                 module._is_hf_initialized = True
-        tied = model.all_tied_weights_keys
-        for name in [name for name in tied if name.rpartition(".")[0] in self._layers]:
-            del tied[name]  # a quantized head is the embedding's no more
+        untie(model, self._layers)
         # optional in the format; what it lacks is filled in afterwards
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), r"\.g_idx$"}
 
@@ -197,7 +196,7 @@ class GptqTritonQuantizer(HfQuantizer):
             plain = dict(type(model)(model.config).named_modules())
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
-                model.set_submodule(name, _floating(layer, dtype, isinstance(plain.get(name), Conv1D)))
+                model.set_submodule(name, _floating(layer, plain.get(name), dtype))
         return model
 
     def is_serializable(self) -> Any:
@@ -283,17 +282,16 @@ def _calibration(model: Any, config: GptqTritonConfig) -> list[Any]:
     return [text.segment(0, length) if hasattr(text, "segment") else text for text in texts]
 
 
-def _floating(layer: QuantLinear, dtype: torch.dtype | None, conv1d: bool) -> nn.Module:
+def _floating(layer: QuantLinear, plain: nn.Module | None, dtype: torch.dtype | None) -> nn.Module:
+    """The layer in floats, in the module that the architecture has there (an expert's is a linear layer)."""
     weight = layer.dequantize(dtype)
-    bias = None if layer.bias is None else layer.bias.to(weight.dtype, copy=True)
     with torch.device("meta"):
-        if conv1d:  # transposed, and always with a bias
-            made: Any = Conv1D(layer.outfeatures, layer.infeatures)
-        else:
-            made = nn.Linear(layer.infeatures, layer.outfeatures, bias=bias is not None)
-    made.weight = nn.Parameter((weight.t() if conv1d else weight).contiguous())
-    if bias is not None:
-        made.bias = nn.Parameter(bias)
+        made: Any = plain or nn.Linear(layer.infeatures, layer.outfeatures, bias=layer.bias is not None)
+    made.weight = nn.Parameter((weight.t() if isinstance(made, Conv1D) else weight).contiguous())
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.to(weight.dtype, copy=True))
+    if isinstance(layer, QuantEmbedding) and layer.factor != 1.0:
+        made.embed_scale = torch.tensor(layer.factor, device=weight.device)
     return made
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from gptq_triton.embedding import QuantEmbedding
 from gptq_triton.experts import Experts
 from gptq_triton.files import open_files
 from gptq_triton.inspection import PARTS
@@ -88,13 +89,19 @@ def load_shards(model: Any, layers: Mapping[str, str], symmetric: set[str], file
                 raise ValueError(f"{name}: {error}") from None
 
 
-def plan_experts(model: Any, plan: dict[str, str]) -> None:
-    """Rewrite a parallel plan for experts that were taken apart: each is cut as an MLP is, or none in an EP plan."""
+def adapt_plan(model: Any, plan: dict[str, str]) -> None:
+    """Rewrite a parallel plan for modules that are not what the architecture has.
+
+    Experts that were taken apart are each cut as an MLP is, or none in an expert-parallel plan; a quantized
+    embedding stays whole.
+    """
     from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
     for name, module in model.named_modules():
         path = replace_layer_number_by_wildcard(name)
-        if isinstance(module, Experts):
+        if isinstance(module, QuantEmbedding):
+            plan.pop(path, None)
+        elif isinstance(module, Experts):
             ruled = [key for key in plan if key == path or key.startswith(path + ".")]
             for key in ruled:
                 del plan[key]

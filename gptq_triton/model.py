@@ -110,9 +110,11 @@ def quantize_model(
     weight with a quantized head.
 
     Args:
-        model: A transformers causal LM whose blocks live in an nn.ModuleList, with floating weights.
+        model: A transformers causal LM, encoder or vision model whose blocks live in an nn.ModuleList, with
+            floating weights.
         calibration: Batches: token ids (S,) or (B, S) as tensors or lists, or mappings with
-            ``input_ids`` and optionally ``attention_mask``, whose zeros are not counted.
+            ``input_ids`` and optionally ``attention_mask``, whose zeros are not counted, or mappings of
+            other tensors (``pixel_values``) for a model that takes no tokens.
         config: What to do; default: 4 bits, groups of 128, symmetric.
         method: "gptq", or "rtn" for round-to-nearest on the same grid rules (calibration then only
             measures the error).
@@ -193,7 +195,8 @@ def estimate(
     blocks = decoder_blocks(model) | (output_head(model) if config.lm_head else {})
     plan = _plan(model, blocks, config)
     batches = as_batches(calibration)
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    # a picture is taken for 256 tokens
+    tokens = sum(b["input_ids"].numel() if "input_ids" in b else 256 * len(next(iter(b.values()))) for b in batches)
     packed = operations = 0
     top_k = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
     for name, target in plan.items():

@@ -13,7 +13,8 @@ from .experts import ignoring
 from .layers import find_layers, weight_of
 from .solver import Hessian
 
-Batch = dict[str, Tensor]  # input_ids (B, S) int64, and attention_mask (B, S) where tokens are padded
+# input_ids (B, S) int64, and attention_mask (B, S) where tokens are padded; or what a model without tokens takes
+Batch = dict[str, Tensor]
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,8 +53,10 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
             if fields.get(name) is not None:
                 tensor = torch.as_tensor(fields[name]).long()
                 batch[name] = tensor[None] if tensor.dim() == 1 else tensor
-        if "input_ids" not in batch or batch["input_ids"].dim() != 2 or not batch["input_ids"].numel():
-            raise ValueError(f"calibration item {len(batches)} must be token ids (S,) or (B, S)")
+        if "input_ids" not in fields and fields and all(isinstance(value, Tensor) for value in fields.values()):
+            batch = dict(fields)  # pictures and the like
+        elif "input_ids" not in batch or batch["input_ids"].dim() != 2 or not batch["input_ids"].numel():
+            raise ValueError(f"calibration item {len(batches)} must be token ids (S,) or (B, S), or tensors alone")
         batches.append(batch)
     if not batches:
         raise ValueError("calibration must hold at least one batch of token ids")

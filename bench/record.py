@@ -36,10 +36,15 @@ def provenance(method: str) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a result file, whole or not at all."""
+    """Write a result file, whole or not at all; flat rows take a line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(content, indent=1) + "\n")
+    rows = content.get("rows", [])
+    text = json.dumps(content, indent=1)
+    if rows and not any(isinstance(value, (dict, list)) for row in rows for value in row.values()):
+        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        text = json.dumps(content | {"rows": []}, indent=1).replace('"rows": []', f'"rows": [\n  {lines}\n ]')
+    fresh.write_text(text + "\n")
     os.replace(fresh, path)
 
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+from cases import Case
+from reading import Cell, fractions, geomean, read, speedups
+from reading import cells as cells_of
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+GPU = RESULTS / "h200"
+WIDTHS = (8, 4, 3, 2)
+LAYERS = {(4096, 4096): "4096 x 4096", (28672, 4096): "28672 x 4096", (8192, 28672): "8192 x 28672"}
+SHOWN_ROWS = (1, 16, 64)
+PREFILL_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)
+PLOTS = {"speedup.svg": "Speed-up over fp16 against M", "floor.svg": "Fraction of the floor against M"}
 
 
 def quality() -> str:
     """Perplexity and KL of every method; of several machines' rows, those made with the newest torch."""
-    found = json.loads((RESULTS / "cpu" / "quality.json").read_text())["rows"]
+    found = read(RESULTS / "cpu" / "quality.json")["rows"]
     rows = {row["label"]: row for row in sorted(found, key=lambda row: row["torch"])}.values()
     lines = [
         "| | ppl speeches | ppl handbook | KL speeches | KL handbook |",
@@ -32,7 +43,112 @@ def _order(row: dict) -> tuple:
     return (-int(bits[1]) if bits else -99, not row["label"].startswith("RTN"), row["label"])
 
 
-TABLES = {"quality": quality}
+def speed() -> str:
+    """The whole section on speed; nothing before the first result file exists."""
+    parts = [decode(), prefill(), end_to_end()]
+    if not any(parts):
+        return ""
+    plots = [f"![{title}](bench/results/h200/{name})" for name, title in PLOTS.items() if (GPU / name).exists()]
+    return "\n\n".join(["## How fast it is", *(part for part in parts if part), *plots])
+
+
+def decode() -> str:
+    """Time, fraction of the floor and speed-ups of three layers, and the means over all of them."""
+    result = read(GPU / "decode.json")
+    found = cells_of(result["rows"])
+    if not found:
+        return ""
+    shapes = {(case.N, case.K) for case in found}
+    lines = [
+        f"Decoding on one {_machine(result)}: microseconds per product (fraction of the floor), fp16 activations, "
+        "groups of 128 with zero points. The floor is the time to read the weight once at the bandwidth of a kernel "
+        "that only reads. Speed-ups are geometric means over M = 1 to 64, against humming, the kernels that vLLM "
+        f"uses, in its zero-point mode, and against cuBLAS in fp16; the last rows are those of all {len(shapes)} "
+        "shapes of six models. Measured by `make bench-speed`.",
+        "",
+        "| N x K | bits | " + " | ".join(f"M = {M}" for M in SHOWN_ROWS) + " | x humming | x cuBLAS |",
+        "|---|---|" + "---|" * (len(SHOWN_ROWS) + 2),
+    ]
+    for shape, label in LAYERS.items():
+        for bits in WIDTHS:
+            group = {case: cell for case, cell in found.items() if shape == (case.N, case.K) and case.bits == bits}
+            if group:
+                lines.append(_line([label, str(bits), *(_time(group, M) for M in SHOWN_ROWS)], group))
+    for bits in WIDTHS:
+        group = {case: cell for case, cell in found.items() if case.bits == bits}
+        if group:
+            lines.append(_line(["all", str(bits), *(_mean_fraction(group, M) for M in SHOWN_ROWS)], group))
+    return "\n".join(lines)
+
+
+def prefill() -> str:
+    """Speed-ups over cuBLAS in fp16 and over humming at large M, geometric means over all shapes."""
+    result = read(GPU / "prefill.json")
+    found = cells_of(result["rows"])
+    if not found:
+        return ""
+    rows = [M for M in PREFILL_ROWS if any(case.M == M for case in found)]
+    lines = [
+        f"Prefill on one {_machine(result)}: speed-up over cuBLAS in fp16 (over humming), geometric means over the "
+        "shapes.",
+        "",
+        "| bits | " + " | ".join(f"M = {M}" for M in rows) + " |",
+        "|---|" + "---|" * len(rows),
+    ]
+    for bits in WIDTHS:
+        entries = []
+        for M in rows:
+            group = {case: cell for case, cell in found.items() if case.bits == bits and case.M == M}
+            cublas, humming = (geomean(speedups(group, peer).values()) for peer in ("cublas", "humming"))
+            entries.append(f"{_number(cublas)} ({_number(humming)})")
+        lines.append(f"| {bits} | " + " | ".join(entries) + " |")
+    return "\n".join(lines)
+
+
+def end_to_end() -> str:
+    """A whole model's decoding, prefill and adapter training."""
+    result = read(GPU / "e2e.json")
+    rows = [row for row in result["rows"] if "ms" in row]
+    if not rows:
+        return ""
+    lines = [
+        f"A Llama-3.1-8B-shaped model on one {_machine(result)} ({result['method']}):",
+        "",
+        "| | weights | ms | tokens/s | x fp16 | outside the layers, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        outside = f"{row['outside_ms']:.2f}" if "outside_ms" in row else ""
+        lines.append(
+            f"| {row['job']}, {row['kind']} | {row['weights_gb']:.1f} GB | {row['ms']:.2f} | {row['tokens_per_s']:.0f} "
+            f"| {row['vs_fp16']:.2f} | {outside} |"
+        )
+    return "\n".join(lines)
+
+
+def _machine(result: dict) -> str:
+    return f"{result['gpu']} (torch {result['torch']}, triton {result['triton']})"
+
+
+def _line(entries: list[str], group: dict[Case, Cell]) -> str:
+    ratios = (_number(geomean(speedups(group, peer).values())) for peer in ("humming", "cublas"))
+    return "| " + " | ".join([*entries, *ratios]) + " |"
+
+
+def _time(group: dict[Case, Cell], M: int) -> str:
+    rows = [cell["ours"] for case, cell in group.items() if case.M == M]
+    return f"{rows[0]['us']:.1f} ({rows[0]['of_floor']:.2f})" if rows else "-"
+
+
+def _mean_fraction(group: dict[Case, Cell], M: int) -> str:
+    return f"({_number(geomean(value for case, value in fractions(group).items() if case.M == M))})"
+
+
+def _number(value: float) -> str:
+    return "-" if value != value else f"{value:.2f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {"quality": quality, "speed": speed}
 
 
 def generate(text: str) -> str:
@@ -42,7 +158,8 @@ def generate(text: str) -> str:
         _, end, tail = rest.partition(f"<!-- /{name} -->")
         if not begin or not end:
             raise SystemExit(f"README has no place for the table {name!r}")
-        text = f"{head}{begin}{table()}\n{end}{tail}"
+        content = table()
+        text = f"{head}{begin}{content + chr(10) if content else ''}{end}{tail}"
     return text
 
 

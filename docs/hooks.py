@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from mkdocs.structure.files import File, Files
 
-from gptq_triton.dispatch import choose
+from gptq_triton.layout import STEP, STRIP, untile
 from gptq_triton.packing import RUN, pack
-from gptq_triton.spec import QuantSpec
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results" / "cpu"
 COLOURS = ("#3f51b5", "#7986cb")
@@ -66,25 +65,21 @@ def words(bits: int, count: int) -> str:
 
 
 def tiles() -> str:
-    """The tiles of a product, as dispatch chooses them, to scale."""
-    M, N, K, unit = 64, 512, 256, 1.0
-    plan = choose(M, N, K, QuantSpec(4, 128), torch.float16, "sm_90")
-    left, top = K * unit + 40, K * unit + 50
-    shapes = []
-    for k in range(0, K, plan.block_k):
-        for n in range(0, N, plan.block_n):
-            colour = COLOURS[0] if n == plan.block_n else "#c5cae9"
-            shapes.append(box(left + n * unit, 20 + k * unit, plan.block_n * unit, plan.block_k * unit, "", colour))
-        for m in range(0, M, plan.block_m):
-            shapes.append(box(20 + k * unit, top + m * unit, plan.block_k * unit, plan.block_m * unit, "", COLOURS[0]))
-    for m in range(0, M, plan.block_m):
-        for n in range(0, N, plan.block_n):
-            colour = COLOURS[0] if n == plan.block_n else "#c5cae9"
-            shapes.append(box(left + n * unit, top + m * unit, plan.block_n * unit, plan.block_m * unit, "", colour))
-    note = f"one program: {plan.block_m} x {plan.block_n} of y, {plan.block_k} rows of W a step"
-    labels = ((left + N * unit / 2, 14, f"W ({K} x {N}), 4 bits"), (20 + K / 2, top - 6, f"x ({M} x {K})"))
-    shapes += [f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in (*labels, (left + N / 2, top - 12, note))]
-    return svg(int(left + N * unit + 20), int(top + M * unit + 20), shapes)
+    """Which lane of a warp keeps which code: 32 columns of a strip of 16 rows."""
+    lane = torch.zeros(STEP, STRIP, dtype=torch.int32)
+    for bit in range(5):  # words whose lane has this bit are all ones, and so are their codes
+        words = torch.where(torch.arange(32) >> bit & 1 == 1, -1, 0).to(torch.int32)
+        kept = untile(words[None, :, None].expand(2, 32, 4).reshape(1, 1, 256), 4)  # two vectors of four words
+        lane |= (kept != 0).int() << bit
+    size, shapes = 24, []
+    for n in range(STRIP):
+        shapes.append(f'<text x="16" y="{20 + n * size + 16}">n {n}</text>')
+        for k in range(32):
+            own = int(lane[k, n])
+            x, y = 32 + k * size, 20 + n * size
+            shapes.append(box(x, y, size, size, str(own), COLOURS[(own // 4 + own) % 2]))
+    shapes += [f'<text x="{32 + k * size + 12}" y="14">{k}</text>' for k in range(0, 32, 8)]
+    return svg(32 * size + 40, STRIP * size + 30, shapes)
 
 
 def quality() -> str:

@@ -2,9 +2,11 @@
 
 from .checkpoint import load_quant, load_quantized, save_quantized
 from .config import QuantizeConfig
+from .conversion import convert_checkpoint
 from .inspection import inspect_checkpoint
 from .layers import find_layers
 from .linear import QuantLinear, make_quant
+from .merging import MergeReport, merge_lora
 from .model import estimate, quantize_model
 from .packing import PackedWeight
 from .quantizer import Quantizer, quantize
@@ -13,18 +15,21 @@ from .spec import QuantSpec
 
 __all__ = [
     "GPTQ",
+    "MergeReport",
     "PackedWeight",
     "QuantLinear",
     "QuantSpec",
     "QuantizeConfig",
     "Quantizer",
     "SolverOptions",
+    "convert_checkpoint",
     "estimate",
     "find_layers",
     "inspect_checkpoint",
     "load_quant",
     "load_quantized",
     "make_quant",
+    "merge_lora",
     "quantize",
     "quantize_model",
     "save_quantized",

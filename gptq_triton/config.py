@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .atomic import mend
 from .packing import zero_offset
 from .solver import SolverOptions
 from .spec import QuantSpec
@@ -201,10 +202,12 @@ class QuantizeConfig:
                 re.compile(pattern.removeprefix("-:").removeprefix("+:"))
             except re.error as error:
                 raise ValueError(f"dynamic: {pattern!r} is not a valid regex: {error}") from None
-            if pattern.startswith("-:"):
+            if pattern.startswith("-:") and not rule:
                 continue
             if not isinstance(rule, Mapping):
                 raise TypeError(f"dynamic: {pattern!r} must have an object of overrides, got {rule!r}")
+            if pattern.startswith("-:"):
+                continue
             try:
                 self._override(rule)
             except (ValueError, TypeError) as error:
@@ -244,24 +247,37 @@ def read_config(folder: Path) -> QuantizeConfig:
     Raises:
         ValueError: Neither file has one, or it is not of a GPTQ checkpoint this package reads.
     """
+    merged: dict[str, Any] = {}
+    for fields in read_fields(folder).values():
+        merged |= fields
+    if not merged:
+        raise ValueError(f"{folder} has no quantization_config in config.json and no quantize_config.json")
+    return QuantizeConfig.from_dict(merged)
+
+
+def read_fields(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each of a folder's config files says about quantization, the one that wins last.
+
+    Raises:
+        ValueError: There is no folder, or a file is not a JSON object.
+    """
+    mend(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    fields: dict[str, Any] = {}
-    for name in ("quantize_config.json", "config.json"):  # the latter wins
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("quantize_config.json", "config.json"):
         if (folder / name).exists():
             try:
                 content = json.loads((folder / name).read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{folder / name} is not valid JSON: {error}") from None
             if not isinstance(content, dict):
-                raise ValueError(f"{folder / name} must hold a JSON object, got {content!r}")
+                raise ValueError(f"{folder / name} must hold a JSON object, got {str(content)[:100]}")
             own = (content.get("quantization_config") or {}) if name == "config.json" else content
             if not isinstance(own, dict):
-                raise ValueError(f"quantization_config in {folder / name} must be a JSON object, got {own!r}")
-            fields |= own
-    if not fields:
-        raise ValueError(f"{folder} has no quantization_config in config.json and no quantize_config.json")
-    return QuantizeConfig.from_dict(fields)
+                raise ValueError(f"quantization_config in {folder / name} must be a JSON object, got {str(own)[:100]}")
+            found[name] = own
+    return found
 
 
 def _refuse_other_kinds(found: Mapping[str, Any]) -> None:

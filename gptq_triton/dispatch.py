@@ -1,92 +1,231 @@
-"""Which kernel, with which tiles: a table over plain values, testable without a GPU."""
+"""Which kernel, with which tiles: plain values, no tensors, testable without a GPU.
+
+`choose` estimates. Where a table of measured plans has the case, the table decides instead (`tables.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from .spec import QuantSpec
-
-SMALLEST_BLOCK_K = 16  # what one product of the tensor cores takes
+ROWS_OF_DECODE = 8  # of x: where the tensor cores' narrow tiles are ahead of Hopper's wide ones
+ROWS_OF_WIDE = 64
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one product is launched.
+class Problem:
+    """One product x @ W, as far as a plan depends on it.
 
     Attributes:
-        kernel: The module in ``kernels/``, and its launcher.
-        block_m: Rows of x per tile.
-        block_n: Columns of W per tile or step.
-        block_k: Rows of W per step or tile.
-        num_warps: Warps per program.
-        num_stages: Steps of the loop in flight.
+        M: Rows of x.
+        strips: Strips of 16 rows of W.
+        steps: Steps of 128 columns.
+        bits: Of a code.
+        group_columns: Columns that share a scale.
+        dtype: Of x.
+        half_scales: Scales have 16 bits.
+        arch: "sm_90" and the like, or AMD's "gfx942" and the like.
+        multiprocessors: Of the GPU.
     """
 
-    kernel: str
+    M: int
+    strips: int
+    steps: int
+    bits: int
+    group_columns: int
+    dtype: torch.dtype
+    half_scales: bool
+    arch: str
+    multiprocessors: int
+
+    @property
+    def takes_digits(self) -> bool:
+        """Whether the kernels over integer digits of x can run it, M aside."""
+        return self.capability >= 80 and self.half_scales and self.dtype in (torch.float16, torch.bfloat16)
+
+    @property
+    def capability(self) -> int:
+        """NVIDIA's compute capability times ten; 0 for others."""
+        return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Tiles of `kernels/decode.py`."""
+
+    tiles: int  # of four rows of x
+    strips: int
+    warps_n: int
+    warps_k: int
+    depth: int
+    chunk: int
+    split: int
+
+    @property
+    def strips_of_program(self) -> int:
+        """Strips that a program owns."""
+        return self.strips * self.warps_n
+
+
+@dataclass(frozen=True)
+class WidePlan:
+    """Tiles of `kernels/wide.py`."""
+
+    warps: int
+    depth: int
+    chunk: int
+    split: int
+
+    @property
+    def strips_of_program(self) -> int:
+        """Strips that a program owns: one a warp."""
+        return self.warps
+
+
+@dataclass(frozen=True)
+class MatmulPlan:
+    """Tiles of `kernels/matmul.py`."""
+
     block_m: int
     block_n: int
-    block_k: int
+    split: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    ptx: bool = True
+
+    @property
+    def strips_of_program(self) -> int:
+        """Strips that a program owns."""
+        return self.block_n // 16
 
 
-# (M up to, plan): few rows take narrow tiles, so that there are programs for every SM
-_HALF = (
-    (16, Plan("matmul", 16, 32, 128, 4, 4)),
-    (64, Plan("matmul", 64, 64, 64, 4, 4)),
-    (None, Plan("matmul", 128, 128, 64, 8, 3)),
-)
-_FLOAT = (
-    (16, Plan("matmul", 16, 32, 32, 4, 3)),
-    (None, Plan("matmul", 64, 64, 16, 8, 3)),
-)
-_HALF_TRANSPOSED = (
-    (16, Plan("matmul_transposed", 16, 64, 32, 4, 4)),
-    (64, Plan("matmul_transposed", 64, 64, 64, 4, 4)),
-    (None, Plan("matmul_transposed", 128, 64, 128, 8, 3)),
-)
-_FLOAT_TRANSPOSED = (
-    (16, Plan("matmul_transposed", 16, 32, 32, 4, 3)),
-    (None, Plan("matmul_transposed", 64, 16, 32, 8, 2)),
-)
+@dataclass(frozen=True)
+class DequantizePlan:
+    """W as floats in a workspace, slab by slab, then the vendor's product."""
+
+    strips: int  # of a slab
 
 
-def choose(M: int, N: int, K: int, spec: QuantSpec, dtype: torch.dtype, arch: str, *, transposed: bool = False) -> Plan:
+FusedPlan = DecodePlan | WidePlan | MatmulPlan
+Plan = FusedPlan | DequantizePlan
+
+ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
+ROWS_OF_DIGITS = 16
+ROWS_OF_MATMUL = 192  # beyond, W as floats pays off: measured on an H200 between 128 (4096 x 4096) and 400 (8192 x 28672)
+SLAB_BYTES = 256 << 20  # of W as floats at a time
+
+
+def choose(problem: Problem, *, transposed: bool = False, batch_invariant: bool = False) -> Plan:
     """The plan for ``x @ W``, or for ``dy @ W.T`` if transposed.
 
     Args:
-        M: Rows of x (or dy).
-        N: Out-features.
-        K: In-features.
-        spec: Of the weight; ``desc_act`` says that rows carry a g_idx.
-        dtype: Of x: float16, bfloat16 or float32.
-        arch: "sm_90" and the like, or AMD's "gfx942" and the like.
+        problem: What is to be multiplied.
         transposed: Multiply by the transpose.
-
-    Returns:
-        A plan that is valid for every shape and fits the shared memory of every known arch.
+        batch_invariant: A row of y may not depend on M: the order of its sum depends on the weight's shape alone.
 
     Raises:
-        TypeError: The kernels do not take ``dtype``.
+        TypeError: The kernels do not take the dtype.
     """
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"dtype must be float16, bfloat16 or float32 on a GPU, got {dtype}")
-    if dtype == torch.float32:
-        table = _FLOAT_TRANSPOSED if transposed else _FLOAT
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"dtype must be float16, bfloat16 or float32 on a GPU, got {problem.dtype}")
+    if transposed or (problem.M > ROWS_OF_MATMUL and not batch_invariant):
+        per_strip = 16 * problem.steps * 128 * problem.dtype.itemsize
+        return DequantizePlan(max(1, SLAB_BYTES // per_strip))
+    if batch_invariant:
+        # the plan for most rows, whose tiles of x may be fewer
+        most = replace(problem, M=ROWS_OF_DECODE)
+        plan = min(candidates(most), key=lambda plan: microseconds(most, plan))
+        return replace(plan, tiles=1) if isinstance(plan, DecodePlan) and problem.M <= 4 else plan
+    return min(candidates(problem), key=lambda plan: microseconds(problem, plan))
+
+
+def candidates(problem: Problem) -> Iterator[FusedPlan]:
+    """Every plan worth timing."""
+    if problem.takes_digits and problem.M <= ROWS_OF_DIGITS:
+        yield from _decode(problem)
+        if problem.M > ROWS_OF_DECODE and problem.capability == 90:
+            yield from _wide(problem)
+    if not problem.takes_digits or problem.M > ROWS_OF_DECODE:
+        yield from _matmul(problem)
+
+
+# (strips, warps_n, warps_k, depth, chunk) of the best tiles on an H200, by width of codes; the last one for small layers
+_DECODE = {
+    1: {
+        2: ((2, 2, 8, 4, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
+        3: ((2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
+        4: ((2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
+        8: ((1, 4, 4, 2, 4), (2, 2, 8, 2, 4), (1, 2, 8, 2, 4)),
+    },
+    2: dict.fromkeys((2, 3, 4, 8), ((2, 2, 8, 2, 2), (2, 4, 4, 2, 4), (2, 1, 8, 2, 4))),
+    4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
+}
+_WIDE = {2: (8, 4, 8), 3: (8, 4, 8), 4: (8, 4, 8), 8: (16, 2, 4)}  # (warps, depth, chunk)
+# rows of x up to: (block_n, warps, stages, registers, programs that fit on a multiprocessor)
+_MATMUL = {
+    16: ((128, 4, 4, 128, 4), (64, 4, 4, None, 4)),
+    32: ((128, 4, 4, 168, 3), (64, 4, 4, None, 4)),
+    64: ((128, 4, 3, None, 2), (64, 4, 3, None, 3)),
+}
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+_SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 elsewhere
+
+
+def _decode(problem: Problem) -> Iterator[DecodePlan]:
+    tiles = 1 if problem.M <= 4 else 2 if problem.M <= 8 else 4
+    subgroups = max(1, 128 // problem.group_columns)
+    for strips, warps_n, warps_k, depth, chunk in _DECODE[tiles][problem.bits]:
+        step = tiles * (1024 + 256 * subgroups)
+        sums = 256 * tiles * strips * warps_n * warps_k
+        room = _SHARED_MEMORY.get(problem.capability, 99) * 1024 - sums
+        while chunk > 1 and 2 * chunk * warps_k * step > room:
+            chunk //= 2
+        rounds = -(-problem.steps // warps_k)
+        for split in _SPLITS:
+            if split <= rounds:
+                yield DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, split)
+
+
+def _wide(problem: Problem) -> Iterator[WidePlan]:
+    warps, depth, chunk = _WIDE[problem.bits]
+    for split in _SPLITS:
+        if split <= problem.steps:
+            yield WidePlan(warps, depth, chunk, split)
+
+
+def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
+    ptx = problem.capability >= 80 and problem.dtype != torch.float32
+    block_m = next(rows for rows in (16, 32, 64) if problem.M <= rows or rows == 64)
+    for block_n, warps, stages, registers, _ in _MATMUL[block_m]:
+        if not ptx:  # room for the portable unpacking
+            block_m, block_n, stages, registers = min(block_m, 32), 64, 2, None
+        for split in _SPLITS:
+            if split <= problem.steps:
+                yield MatmulPlan(block_m, block_n, split, warps, stages, registers, ptx)
+
+
+def microseconds(problem: Problem, plan: FusedPlan) -> float:
+    """Estimate: the busiest multiprocessor's bytes or arithmetic, filling the pipeline, meeting at the end.
+
+    The constants are an H200's: 4.3 TB/s, and cycles of a warp for a strip and step as measured at 1.7 GHz.
+    """
+    blocks_m = 1
+    if isinstance(plan, DecodePlan):
+        resident, cycles = max(1, 16 // (plan.warps_n * plan.warps_k)), 70 + 30 * plan.tiles
+    elif isinstance(plan, WidePlan):
+        resident, cycles = max(1, 16 // plan.warps), 230
     else:
-        table = _HALF_TRANSPOSED if transposed else _HALF
-    rows = spec.rows_per_group(K)
-    whole = rows & -rows  # the tallest tile that never straddles groups
-    scattered = spec.desc_act or (rows < K and whole < SMALLEST_BLOCK_K)
-    plan = next(plan for limit, plan in table if limit is None or limit >= (min(M, 64) if scattered else M))
-    if scattered:
-        # a scale and a zero point per element: registers and shared memory hold less of the rest
-        plan = replace(plan, block_k=min(plan.block_k, 32), num_stages=2)
-    elif rows < K:
-        plan = replace(plan, block_k=min(plan.block_k, whole))
-    if arch.startswith("gfx"):
-        # 64 KiB of shared memory, and loads wait in registers instead
-        plan = replace(plan, num_stages=min(plan.num_stages, 2))
-    return plan
+        sizes = {(block_n, stages): fit for block_n, _, stages, _, fit in _MATMUL[plan.block_m]}
+        resident, cycles = sizes.get((plan.block_n, plan.num_stages), 2), 190 + 5 * plan.block_m
+        blocks_m = -(-problem.M // plan.block_m)
+    programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
+    slots = resident * problem.multiprocessors
+    waves = -(-programs // slots)
+    busiest = waves * slots / programs
+    work = problem.strips * problem.steps * busiest
+    arrival = work * 256 * problem.bits / 4.3e6
+    arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
+    return max(arrival, arithmetic) + 0.4 * waves + (0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split)

@@ -42,6 +42,9 @@ class QuantEmbedding(QuantLinear):
         super().__init__(bits, groupsize, infeatures, outfeatures, **options)
         self.factor, self.output_dtype = factor, output_dtype
 
+    def prepare(self) -> None:
+        """Keep the checkpoint form, from which single vectors can be read."""
+
     def forward(self, x: Tensor) -> Tensor:
         """The vectors of token ids x (...), as (..., width)."""
         weight, ids = self.weight_packed, x.flatten()
@@ -92,6 +95,18 @@ def empty_embedding(layer: nn.Module, bits: int, groupsize: int, **options: Any)
     weight = layer.weight
     own = {"dtype": weight.dtype, "device": weight.device, "output_dtype": weight.dtype, "factor": factor or 1.0}
     return QuantEmbedding(bits, groupsize, layer.embedding_dim, layer.num_embeddings, **(own | options))
+
+
+def stand_in(module: nn.Module, weight: PackedWeight, bias: Tensor | None) -> QuantLinear:
+    """The quantized layer that takes a module's place: an embedding for an embedding."""
+    if not isinstance(module, (nn.Embedding, QuantEmbedding)):
+        return QuantLinear.from_packed(weight, bias)
+    like = (
+        module if isinstance(module, QuantEmbedding) else empty_embedding(module, weight.spec.bits, -1, device="meta")
+    )
+    made: Any = QuantEmbedding.from_packed(weight, bias)
+    made.factor, made.output_dtype = like.factor, like.output_dtype
+    return made
 
 
 def untie(model: nn.Module, names: Collection[str]) -> None:

@@ -1,135 +1,88 @@
-"""Safetensors files and folders: read what is there, write all of it or nothing."""
+"""The tensor files of a checkpoint folder: which there are, and what is in them."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .atomic import renamed
+from .tensorfile import Entry, TensorFile, TorchFile, file_order, open_tensors, write_tensors
+
 INDEX = "model.safetensors.index.json"
+INDEXES = (INDEX, "pytorch_model.bin.index.json")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# in folders without an index: what each suffix's main file is called, and files that hold no weights
+MAIN = ("model.safetensors", "pytorch_model.bin")
+OTHER = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "optimizer.bin", "scheduler.bin")
+
+Files = Mapping[str, TensorFile | TorchFile]  # tensor name to the open file that holds it
 
 
-def shards(folder: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it.
+def tensor_files(folder: Path) -> list[Path]:
+    """The files that together hold the model, safetensors if there are any.
 
     Raises:
-        ValueError: There is no safetensors file, one is malformed, or the index names a file outside.
+        ValueError: There are none, or an index is malformed or names a file outside.
     """
-    if (folder / INDEX).exists():
-        try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is not a shard index: {error!r}") from None
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-                raise ValueError(f"{folder / INDEX} names {name!r}, which is not a file of this folder")
-        files = [folder / name for name in sorted(names)]
-    elif (folder / "model.safetensors").exists():  # others beside it are of another making, as LoRA adapters
-        files = [folder / "model.safetensors"]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no .safetensors file")
-    where: dict[str, Path] = {}
-    for path in files:
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                if key in where:
-                    raise ValueError(f"{key} is in both {where[key].name} and {path.name}")
-                where[key] = path
-    return where
+    for name, suffix in zip(INDEXES, (".safetensors", ".bin"), strict=True):
+        if (folder / name).exists():
+            return _indexed(folder / name, suffix)
+        main = folder / MAIN[INDEXES.index(name)]
+        if main.exists():  # others beside it are of another making, as LoRA adapters
+            return [main]
+        if suffix == ".safetensors" and (found := sorted(folder.glob("*.safetensors"))):
+            return found
+    found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES[1:] and p.name not in OTHER)
+    if not found:
+        raise ValueError(f"{folder} has no .safetensors file, nor a .bin or .pt one")
+    return found
+
+
+@contextmanager
+def open_checkpoint(path: Path) -> Iterator[Files]:
+    """Tensor name to the open file that holds it, for a folder or a single file.
+
+    Raises:
+        ValueError: There is no file of tensors, one is malformed, two hold the same tensor, or the index
+            names a file outside.
+    """
+    found: dict[str, TensorFile | TorchFile] = {}
+    with ExitStack() as stack:
+        for each in tensor_files(path) if path.is_dir() else [path]:
+            file = stack.enter_context(open_tensors(each))
+            for key in file.entries:
+                if key in found:
+                    raise ValueError(f"{key} is in both {found[key].path.name} and {each.name}")
+                found[key] = file
+        yield found
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of one safetensors file."""
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    """All tensors and the metadata of one file."""
+    with open_tensors(path) as file:
+        return {key: file.read(key) for key in file.entries}, file.metadata
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file: the whole of it or nothing."""
-    with _renamed(path) as fresh:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, fresh, metadata=dict(metadata))
+    entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    ordered = {name: entries[name] for name in file_order(entries)}
+    with renamed(path) as fresh:
+        write_tensors(fresh, ordered, ((name, tensors[name]) for name in ordered), metadata)
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write one text file: the whole of it or nothing."""
-    with _renamed(path) as fresh:
-        fresh.write_text(text)
-
-
-def check_target(folder: str | Path) -> Path:
-    """The absolute path of a folder that :func:`save_quantized` may write or replace.
-
-    Raises:
-        ValueError: It exists and is neither empty nor a model folder, or is the working directory.
-    """
-    folder = Path(folder).resolve()
-    if Path.cwd().is_relative_to(folder):
-        raise ValueError(f"folder {folder} is the working directory, which cannot be replaced; name another")
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
-        raise ValueError(f"folder {folder} exists and is not a model folder; it is left alone")
-    return folder
-
-
-@contextmanager
-def open_files(where: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    """Tensor name to the open file that holds it. Opening reads the names of all tensors, so it is done once."""
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(_opened(path)) for path in sorted(set(where.values()))}
-        yield {key: files[path] for key, path in where.items()}
-
-
-def read_tensor(files: Mapping[str, Any], key: str) -> Tensor:
-    """One tensor of :func:`open_files`."""
-    return files[key].get_tensor(key)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _indexed(index: Path, suffix: str) -> list[Path]:
     try:
-        opened = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    with opened as file:
-        yield file
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed to path if all goes well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    fresh = Path(name)
-    try:
-        yield fresh
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, swapped in if all goes well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    fresh, old = beside / "new", beside / "old"
-    try:
-        fresh.mkdir()
-        yield fresh
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(fresh, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(beside, ignore_errors=True)
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} is not a shard index: {error!r}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix) or "\0" in name:
+            raise ValueError(f"{index} names {name!r}, which is not a {suffix} file of this folder")
+    if not names:
+        raise ValueError(f"{index} names no file")
+    return [index.parent / name for name in sorted(names)]

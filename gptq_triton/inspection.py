@@ -1,21 +1,21 @@
-"""What a checkpoint is, told without building its model."""
+"""What a checkpoint is and what is wrong with it, told without building its model, in bounded memory."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from .config import QuantizeConfig, read_config
-from .files import open_files, read_tensor, shards
-from .packing import PackedWeight, check_g_idx, symmetric_format, trivial_g_idx, words
-from .spec import BITS, QuantSpec
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+from .comparison import Reference
+from .config import read_config
+from .dialects import detect
+from .files import open_checkpoint
+from .findings import Claim, Finding, Layout, config_findings, file_claim
+from .health import SCALE_BINS, Health, centre_findings, examine
+from .parts import LayerParts, layer_parts
+from .zeros import FORMS
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,14 @@ class LayerInfo:
         in_features: K.
         out_features: N.
         act_order: Whether g_idx says more than "groups in order".
-        dialect: "v1" or "v2".
-        evidence: Why: "tensors" (symmetric zero points prove it) or "label".
+        dialect: "v1", "v2" or "v1-words".
+        evidence: Why: "tensors" (symmetric zero points prove it), "writer", "label" or "user".
         bytes: Size of its tensors.
+        saturated: Share of codes at the commoner end of their range.
+        centre: Mean code minus mean zero point, in steps.
+        scale_min: Smallest scale.
+        scale_max: Largest finite scale.
+        error: ``||W' - W|| / ||W||`` against the full-precision weight W; None without one.
     """
 
     name: str
@@ -43,19 +48,25 @@ class LayerInfo:
     dialect: str
     evidence: str
     bytes: int
+    saturated: float
+    centre: float
+    scale_min: float
+    scale_max: float
+    error: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inspection:
     """What a checkpoint is.
 
     Attributes:
-        path: The folder.
-        checkpoint_format: As labelled.
-        config: As read from its config files.
-        layers: The quantized layers.
+        path: The folder or file.
+        checkpoint_format: As labelled; "" where nothing is.
+        config: As read from its config files; empty for a single file.
+        layers: The quantized layers that can be read.
         bytes: Size of all tensor files.
-        findings: What looks wrong, one sentence each.
+        findings: What looks wrong.
+        scale_histogram: Counts of log10 |scale| in the bins of :data:`gptq_triton.health.SCALE_BINS`.
     """
 
     path: str
@@ -63,87 +74,85 @@ class Inspection:
     config: dict[str, Any]
     layers: list[LayerInfo]
     bytes: int
-    findings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    scale_histogram: list[int] = field(default_factory=list)
 
 
-def inspect_checkpoint(folder: str | Path) -> Inspection:
-    """Describe a GPTQ folder without building its model; reads headers, zero points and g_idx only.
+def inspect_checkpoint(
+    path: str | Path, *, against: str | Path | None = None, zero_points: str | None = None
+) -> Inspection:
+    """Describe a GPTQ folder, or a single file of one, without building its model.
+
+    Every tensor of the quantized layers is read once, a few megabytes at a time.
+
+    Args:
+        path: The folder or file.
+        against: A folder or file with the same model in full precision, for each layer's error.
+        zero_points: "v1", "v2" or "v1-words": how zero points are stored, whatever the evidence says.
 
     Raises:
         ValueError: There is no GPTQ checkpoint of a known format.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    where = shards(folder)
-    layers, findings = [], []
-    names = sorted(key.removesuffix(".qweight") for key in where if key.endswith(".qweight"))
-    if not names:
-        raise ValueError(f"{folder} holds no quantized layers (no tensor ends in .qweight)")
-    with open_files(where) as files:
-        for name in names:
+    path = Path(path)
+    config = None if path.is_file() else read_config(path)
+    layers: list[LayerInfo] = []
+    findings: list[Finding] = []
+    histogram = np.zeros(len(SCALE_BINS) - 1, dtype=np.int64)
+    with open_checkpoint(path) as files, Reference(against) as reference:
+        for name, part in layer_parts(files).items():
+            claim = Claim.of(config, name) if config else file_claim(part.metadata)
             try:
-                layers.append(_inspect_layer(name, files, config))
-            except ValueError as error:
-                findings.append(f"{name}: {error}")
-    told = {"gptq": "v1", "gptq_v2": "v2"}[config.checkpoint_format]
-    wrong = [layer.name for layer in layers if layer.dialect != told]
-    if wrong:
-        findings.append(f"labelled {config.checkpoint_format!r}, but {len(wrong)} layers are stored the other way")
+                layout = detect(part, claim, zero_points=zero_points)
+                health = examine(part, layout)
+                error = reference.error(part, layout)
+            except ValueError as problem:
+                findings.append(Finding(name, "error", str(problem)))
+                continue
+            findings += [*layout.findings, *health.findings, *_better(part, layout, reference, error, zero_points)]
+            histogram += health.scale_histogram
+            layers.append(_info(part, layout, health, error))
+        size = sum(each.stat().st_size for each in {file.path for file in files.values()})
+    if config is not None:
+        findings = config_findings(path, config, [layer.act_order for layer in layers]) + findings
     return Inspection(
-        path=str(folder),
-        checkpoint_format=config.checkpoint_format,
-        config=config.to_dict(),
+        path=str(path),
+        checkpoint_format=config.checkpoint_format if config else "",
+        config=config.to_dict() if config else {},
         layers=layers,
-        bytes=sum(path.stat().st_size for path in set(where.values())),
-        findings=findings,
+        bytes=size,
+        findings=centre_findings([(e.dialect, e.centre) for e in layers if e.evidence == "label"]) + findings,
+        scale_histogram=histogram.tolist(),
     )
 
 
-def _inspect_layer(name: str, files: Mapping[str, Any], config: QuantizeConfig) -> LayerInfo:
-    shapes = {part: _shape(files, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in files}
-    for part in PARTS[:3]:
-        if part not in shapes:
-            raise ValueError(f"{part} is missing")
-        if len(shapes[part]) != 2:
-            raise ValueError(f"{part} must be a matrix, got shape {tuple(shapes[part])}")
-    own = config.for_module(name) or config
-    rows, N = shapes["qweight"]
-    bits = own.bits
-    K = shapes["g_idx"][0] if "g_idx" in shapes else rows * 32 // bits
-    if words(K, bits) != rows:
-        told = [b for b in BITS if words(K, b) == rows]
-        raise ValueError(f"config says {bits} bits, but {rows} words for {K} inputs mean {told or 'none'}")
-    spec = QuantSpec(bits, own.group_size, own.sym, own.desc_act)
-    g_idx = read_tensor(files, f"{name}.g_idx").clamp(-1, 2**31 - 1).to(torch.int32) if "g_idx" in shapes else None
-    if g_idx is not None:
-        check_g_idx(g_idx, K, spec.groups(K))
-    if tuple(shapes["scales"]) != (spec.groups(K), N):
-        raise ValueError(f"scales has shape {tuple(shapes['scales'])}, needs {(spec.groups(K), N)}")
-    qzeros = read_tensor(files, f"{name}.qzeros")
-    if tuple(qzeros.shape) != (spec.groups(K), words(N, bits)):
-        raise ValueError(f"qzeros has shape {tuple(qzeros.shape)}, needs {(spec.groups(K), words(N, bits))}")
-    empty = torch.empty(0, N, dtype=torch.int32)
-    proven = symmetric_format(PackedWeight(empty, empty, qzeros, None, spec, K)) if own.sym else None
+def _info(part: LayerParts, layout: Layout, health: Health, error: float | None) -> LayerInfo:
     return LayerInfo(
-        name=name,
-        bits=bits,
-        group_size=own.group_size,
-        in_features=K,
-        out_features=N,
-        act_order=g_idx is not None and not torch.equal(g_idx, trivial_g_idx(K, own.group_size)),
-        dialect={"gptq": "v1", "gptq_v2": "v2"}[proven or config.checkpoint_format],
-        evidence="tensors" if proven else "label",
-        bytes=sum(_bytes(files, f"{name}.{part}") for part in shapes),
+        name=part.name,
+        bits=layout.bits,
+        group_size=layout.group_size,
+        in_features=layout.K,
+        out_features=layout.N,
+        act_order=layout.act_order,
+        dialect=layout.zeros,
+        evidence=layout.evidence,
+        bytes=sum(entry.size for entry in part.entries.values()),
+        saturated=health.saturated,
+        centre=health.centre,
+        scale_min=health.scale_min,
+        scale_max=health.scale_max,
+        error=error,
     )
 
 
-def _shape(files: Mapping[str, Any], key: str) -> list[int]:
-    return files[key].get_slice(key).get_shape()
-
-
-def _bytes(files: Mapping[str, Any], key: str) -> int:
-    part = files[key].get_slice(key)
-    size = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}.get(part.get_dtype())
-    if size is None:
-        raise ValueError(f"{key} has dtype {part.get_dtype()}")
-    return size * math.prod(part.get_shape())
+def _better(
+    part: LayerParts, layout: Layout, reference: Reference, error: float | None, zero_points: str | None
+) -> list[Finding]:
+    """Another reading of the zero points that comes much nearer to the full-precision weight."""
+    if error is None or layout.evidence == "tensors" or zero_points:
+        return []
+    others = {form: reference.error(part, replace(layout, zeros=form)) for form in FORMS if form != layout.zeros}
+    best, lowest = min(others.items(), key=lambda item: item[1] or 0.0)
+    if lowest is None or lowest > error / 2:
+        return []
+    text = f"read as {best} its error would be {lowest:.3f} instead of {error:.3f}: it is stored so"
+    return [Finding(part.name, "label", text)]

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from .atomic import atomic_write
 from .config import QuantizeConfig
-from .files import atomic_write, read_tensors, save_tensors
+from .files import read_tensors, save_tensors
 from .linear import QuantLinear
 from .streaming import Batch
 

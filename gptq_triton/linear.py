@@ -6,14 +6,15 @@ Source: names and signatures are those of GPTQ-for-LLaMa and ColossalAI.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import ops, product, reference
 from .layers import weight_of
+from .layout import TiledWeight, tile_weight, untile_weight
 from .packing import (
     PackedWeight,
     check_g_idx,
@@ -28,16 +29,23 @@ from .quantizer import encode
 from .spec import QuantSpec
 
 
+_PACKED = ("qweight", "qzeros", "scales")
+_TILED = ("tile_words", "tile_meta", "tile_scales", "tile_order")
+
+
 class QuantLinear(nn.Module):
     """A linear layer whose weight is 2-, 3-, 4- or 8-bit codes with a scale and zero point per group.
 
     ``y = x @ W + bias`` with ``W[k, n] = scales[g_idx[k], n] * (codes[k, n] - zeros[g_idx[k], n])``.
     The weight is frozen; gradients flow to x.
 
-    Buffers, named and shaped as in a GPTQ checkpoint: ``qweight`` int32 (ceil(K * bits / 32), N),
-    ``qzeros`` int32 (G, ceil(N * bits / 32)), ``scales`` (G, N), ``g_idx`` int32 (K,), and ``bias``
-    (N,) or None. A state dict may lack ``g_idx`` (rows then belong to groups in order) and may bring a
-    ``bias`` to a layer that has none; its dtypes are adopted.
+    Its state dict is that of a GPTQ checkpoint: ``qweight`` int32 (ceil(K * bits / 32), N), ``qzeros`` int32
+    (G, ceil(N * bits / 32)), ``scales`` (G, N), ``g_idx`` int32 (K,), and ``bias`` (N,) or None. One that is loaded may
+    lack ``g_idx`` (rows then belong to groups in order) and may bring a ``bias`` to a layer that has none; its dtypes
+    are adopted.
+
+    On the CPU these are the layer's buffers. On a GPU the first three are held as kernel tiles instead (`prepare`), and
+    are None: moving a layer there, packing it or loading it there does so. ``weight_packed`` has them on any device.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -60,6 +68,10 @@ class QuantLinear(nn.Module):
     scales: Tensor
     g_idx: Tensor
     bias: Tensor | None
+    tile_words: Tensor
+    tile_meta: Tensor
+    tile_scales: Tensor | None
+    tile_order: Tensor | None
 
     def __init__(
         self,
@@ -90,6 +102,8 @@ class QuantLinear(nn.Module):
         self.outfeatures = self.out_features = outfeatures
         self.checkpoint_format = checkpoint_format
         self.act_order = False  # whether g_idx says more than "groups in order"
+        self.batch_invariant = False  # whether, on a GPU, a row's bits may depend on its neighbours and their number
+        self._tiles: TiledWeight | None = None
         groups = self.spec.groups(infeatures)
         self.register_buffer(
             "qweight", torch.zeros(words(infeatures, bits), outfeatures, dtype=torch.int32, device=device)
@@ -116,7 +130,9 @@ class QuantLinear(nn.Module):
 
     @property
     def weight_packed(self) -> PackedWeight:
-        """The weight as kernels take it; no copy."""
+        """The weight in checkpoint form; made anew where the layer holds tiles."""
+        if self._tiles is not None:
+            return untile_weight(self._tiles, self.g_idx if self.act_order else None)
         return PackedWeight(
             self.qweight,
             self.scales,
@@ -126,6 +142,11 @@ class QuantLinear(nn.Module):
             self.infeatures,
             self.checkpoint_format,
         )
+
+    @property
+    def tiles(self) -> TiledWeight | None:
+        """The weight in kernel tiles, if the layer holds it so."""
+        return self._tiles
 
     @torch.no_grad()
     def pack(self, linear: nn.Module, scales: Tensor, zeros: Tensor, g_idx: Tensor | None = None) -> None:
@@ -183,8 +204,71 @@ class QuantLinear(nn.Module):
             raise ValueError(f"x must have {self.infeatures} features, got shape {tuple(x.shape)}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = ops.matmul(x.reshape(-1, self.infeatures), self.weight_packed, self.bias)
+        if self._tiles is None:
+            weight = self.weight_packed
+        else:
+            # a compiler must see buffers, which are constants to it
+            weight = self._tiled_by_buffers() if torch.compiler.is_compiling() else self._tiles
+        y = ops.matmul(x.reshape(-1, self.infeatures), weight, self.bias, batch_invariant=self.batch_invariant)
         return y.view(*x.shape[:-1], self.outfeatures)
+
+    def prepare(self) -> None:
+        """Hold the weight as kernel tiles, if the layer is on a GPU and does not yet.
+
+        Scales of 64 bits have no tiles: such a layer stays as it is, and is multiplied by the reference.
+        """
+        if self._tiles is None and self.qweight.is_cuda and self.scales.dtype != torch.float64:
+            product.reserve(self.qweight.get_device())
+            self._tiles = tile_weight(self.weight_packed)
+            for name in _PACKED:
+                self._buffers[name] = None
+            for name in _TILED:
+                self.register_buffer(name, getattr(self._tiles, name.removeprefix("tile_")), persistent=False)
+
+    def _tiled_by_buffers(self) -> TiledWeight:
+        """The tiled weight with the buffers as they are now."""
+        tiles = cast(TiledWeight, self._tiles)
+        return TiledWeight(
+            self.tile_words,
+            self.tile_meta,
+            self.tile_scales,
+            self.tile_order,
+            tiles.group_columns,
+            tiles.spec,
+            tiles.K,
+            tiles.N,
+            tiles.dtype,
+            tiles.checkpoint_format,
+        )
+
+    def _unprepare(self) -> None:
+        """Hold the checkpoint's tensors."""
+        if self._tiles is not None:
+            weight = self.weight_packed
+            self._tiles = None
+            for name in _TILED:
+                del self._buffers[name]
+            for name in _PACKED:
+                self._buffers[name] = getattr(weight, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        if self._tiles is None:
+            super()._apply(fn, recurse)
+            self.prepare()
+            return self
+        if fn(self.g_idx).is_cuda:
+            super()._apply(fn, recurse)
+            self._tiles = self._tiled_by_buffers()
+            return self
+        self._unprepare()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._tiles is not None:
+            weight = self.weight_packed
+            for name in _PACKED:
+                destination[prefix + name] = getattr(weight, name)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as ``nn.Linear`` holds it, (N, K); default dtype: that of the scales."""
@@ -199,6 +283,7 @@ class QuantLinear(nn.Module):
 
     def _adopt(self, weight: PackedWeight, bias: Tensor | None) -> None:
         """Take these (validated) tensors as the layer's own."""
+        self._unprepare()
         device = weight.qweight.device
         trivial = trivial_g_idx(self.infeatures, self.spec.group_size, device)
         if weight.g_idx is None:
@@ -208,6 +293,7 @@ class QuantLinear(nn.Module):
             self.act_order = not weight.g_idx.is_meta and not torch.equal(weight.g_idx, trivial)
         self.qweight, self.scales, self.qzeros, self.bias = weight.qweight, weight.scales, weight.qzeros, bias
         self.checkpoint_format = weight.checkpoint_format
+        self.prepare()
 
     def _load_from_state_dict(
         self,
@@ -229,7 +315,7 @@ class QuantLinear(nn.Module):
         if missing:
             return
         if not local_metadata.get("assign_to_params_buffers"):
-            found = {name: tensor.to(self.qweight.device, copy=True) for name, tensor in found.items()}
+            found = {name: tensor.to(self.g_idx.device, copy=True) for name, tensor in found.items()}
         try:
             weight, bias = self._read(found)
         except ValueError as error:

@@ -1,14 +1,13 @@
-"""``x @ W`` and ``dy @ W.T`` as torch operators: CPU by reference, GPU by kernel, gradients, fakes.
+"""``x @ W`` and ``dy @ W.T`` as torch operators: reference or kernels, gradients, fakes.
 
-Both operators are opaque to torch.compile, so the choice of a kernel may depend on M without a
-recompilation, and each is the other's derivative, so gradients of any order exist. Importing this
-module touches no GPU and no kernel.
+A packed weight (checkpoint form) is multiplied by the reference on any device; a tiled weight by the kernels of its GPU.
+All operators are opaque to torch.compile, so the choice of a kernel may depend on M without a recompilation, and an
+operator and its transpose are each other's derivative. Importing this module touches no GPU and no kernel.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,30 +15,40 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import choose
+from .layout import TiledWeight, dequantize_tiles
 from .packing import PackedWeight
+from .product import product, product_transposed
 from .spec import QuantSpec
 
-_WEIGHT = (
+_PACKED = (
     "Tensor qweight, Tensor scales, Tensor qzeros, Tensor? g_idx, "
     "int bits, int group_size, SymInt K, str checkpoint_format"
 )
+_TILED = (
+    "Tensor words, Tensor meta, Tensor? scales, Tensor? order, "
+    "int bits, int group_columns, SymInt K, SymInt N, ScalarType dtype, bool batch_invariant"
+)
 # define and impl cost less per call than torch.library.custom_op: 9 against 12 us on one CPU
 _library = torch.library.Library("gptq_triton", "DEF")
-_library.define(f"matmul(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(f"matmul_transposed(Tensor dy, {_WEIGHT}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define(f"matmul(Tensor x, Tensor? bias, {_PACKED}) -> Tensor", tags=_TAGS)
+_library.define(f"matmul_transposed(Tensor dy, {_PACKED}) -> Tensor", tags=_TAGS)
+_library.define(f"tiled_matmul(Tensor x, Tensor? bias, {_TILED}) -> Tensor", tags=_TAGS)
+_library.define(f"tiled_matmul_transposed(Tensor dy, {_TILED}) -> Tensor", tags=_TAGS)
 
 
-def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def matmul(
+    x: Tensor, weight: PackedWeight | TiledWeight, bias: Tensor | None = None, *, batch_invariant: bool = False
+) -> Tensor:
     """``x @ W + bias``, accumulated in float32 (float64 for float64).
 
-    Differentiable in x and bias; the weight is frozen. Tensors whose last dimension is not dense
-    are copied first.
+    Differentiable in x and bias; the weight is frozen. Tensors whose last dimension is not dense are copied first.
 
     Args:
         x: (M, K), float16, bfloat16 or float32 (float64 too on the CPU), any strides.
-        weight: The packed weight, on the device of x.
+        weight: On the device of x. Tiled, it is multiplied by kernels; packed, by the reference.
         bias: (N,), floating, or None.
+        batch_invariant: On a GPU, tiled: a row of the result has the same bits whatever M is and whatever other rows hold.
 
     Returns:
         (M, N), the dtype of x.
@@ -57,17 +66,21 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
             raise TypeError(f"bias must be floating, got {bias.dtype}")
         if bias.device != x.device:
             raise ValueError(f"bias must be on the device of x, {x.device}, got {bias.device}")
+    if isinstance(weight, TiledWeight):
+        if _plain(x, bias):
+            return product(x, bias, weight, batch_invariant)
+        return torch.ops.gptq_triton.tiled_matmul.default(x, bias, *_tiled_parts(weight), batch_invariant)
     return torch.ops.gptq_triton.matmul.default(x, bias, *_parts(weight))
 
 
-def matmul_transposed(dy: Tensor, weight: PackedWeight) -> Tensor:
+def matmul_transposed(dy: Tensor, weight: PackedWeight | TiledWeight) -> Tensor:
     """``dy @ W.T``, accumulated in float32 (float64 for float64): the gradient with respect to x.
 
     Differentiable in dy.
 
     Args:
         dy: (M, N), float16, bfloat16 or float32 (float64 too on the CPU), any strides.
-        weight: The packed weight, on the device of dy.
+        weight: On the device of dy.
 
     Returns:
         (M, K), the dtype of dy.
@@ -78,7 +91,21 @@ def matmul_transposed(dy: Tensor, weight: PackedWeight) -> Tensor:
     """
     _check_rows("dy", dy, weight.N)
     _check_devices("dy", dy, weight)
+    if isinstance(weight, TiledWeight):
+        return torch.ops.gptq_triton.tiled_matmul_transposed.default(dy, *_tiled_parts(weight), False)
     return torch.ops.gptq_triton.matmul_transposed.default(dy, *_parts(weight))
+
+
+def _plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing listens to operators, so that the kernels may be launched without the dispatcher's overhead."""
+    return (
+        type(x) is Tensor
+        and x.is_cuda
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _parts(weight: PackedWeight) -> tuple[Any, ...]:
@@ -111,6 +138,36 @@ def _whole(
     return PackedWeight(qweight, scales, qzeros, g_idx, spec, K, checkpoint_format)
 
 
+def _tiled_parts(weight: TiledWeight) -> tuple[Any, ...]:
+    """The weight as the operators take it, but for the last argument."""
+    return (
+        weight.words,
+        weight.meta,
+        weight.scales,
+        weight.order,
+        weight.spec.bits,
+        weight.group_columns,
+        weight.K,
+        weight.N,
+        weight.dtype,
+    )
+
+
+def _tiled_whole(
+    words: Tensor,
+    meta: Tensor,
+    scales: Tensor | None,
+    order: Tensor | None,
+    bits: int,
+    group_columns: int,
+    K: int,
+    N: int,
+    dtype: torch.dtype,
+) -> TiledWeight:
+    """The inverse of :func:`_tiled_parts`, as far as products depend on it."""
+    return TiledWeight(words, meta, scales, order, group_columns, QuantSpec(bits), K, N, dtype)
+
+
 def _check_rows(field: str, x: Tensor, features: int) -> None:
     if x.dim() != 2 or x.shape[1] != features:
         raise ValueError(f"{field} must have shape (M, {features}), got {tuple(x.shape)}")
@@ -121,123 +178,83 @@ def _check_rows(field: str, x: Tensor, features: int) -> None:
             raise TypeError(f"{field} may be float64 on the CPU only, got a tensor on {x.device}")
 
 
-def _check_devices(field: str, x: Tensor, weight: PackedWeight) -> None:
+def _check_devices(field: str, x: Tensor, weight: PackedWeight | TiledWeight) -> None:
     device = x.device
-    for name in ("qweight", "scales", "qzeros", "g_idx"):
+    names = ("words", "meta") if isinstance(weight, TiledWeight) else ("qweight", "scales", "qzeros", "g_idx")
+    for name in names:
         tensor = getattr(weight, name)
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on the device of {field}, {device}, got {tensor.device}")
 
 
-def _matmul_cpu(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
+def _matmul(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
     return reference.matmul(x, _whole(*parts), bias)
 
 
-def _matmul_transposed_cpu(dy: Tensor, *parts: Any) -> Tensor:
+def _matmul_transposed(dy: Tensor, *parts: Any) -> Tensor:
     return reference.matmul_transposed(dy, _whole(*parts))
 
 
-def _matmul_gpu(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
-    weight = _whole(*parts)
-    y = torch.empty((x.shape[0], weight.N), dtype=x.dtype, device=x.device)
-    _launch(x, weight, (bias if bias is None else _dense(bias), y), transposed=False)
-    return y
+def _tiled_matmul_cpu(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
+    return reference.product(x, functools.partial(dequantize_tiles, _tiled_whole(*parts[:-1])), bias)
 
 
-def _matmul_transposed_gpu(dy: Tensor, *parts: Any) -> Tensor:
-    weight = _whole(*parts)
-    dx = torch.empty((dy.shape[0], weight.K), dtype=dy.dtype, device=dy.device)
-    _launch(dy, weight, (dx,), transposed=True)
-    return dx
+def _tiled_matmul_transposed_cpu(dy: Tensor, *parts: Any) -> Tensor:
+    return reference.product_transposed(dy, functools.partial(dequantize_tiles, _tiled_whole(*parts[:-1])))
 
 
-def _launch(x: Tensor, weight: PackedWeight, rest: Sequence[Tensor | None], *, transposed: bool) -> None:
-    """Run the kernel that dispatch picks; the last of ``rest`` is the output."""
-    M, N, K, spec = x.shape[0], weight.N, weight.K, weight.spec
-    if M == 0:
-        return
-    plan = choose(M, N, K, spec, x.dtype, _arch(x.device), transposed=transposed)
-    launch = _launcher(plan.kernel)
-    with torch.cuda.device(x.device):
-        launch(
-            _dense(x),
-            _dense(weight.qweight),
-            _dense(weight.scales),
-            _dense(weight.qzeros),
-            None if weight.g_idx is None else _dense(weight.g_idx),
-            *rest,
-            bits=spec.bits,
-            zero_offset=weight.zero_offset,
-            rows_per_group=spec.rows_per_group(K),
-            block_m=plan.block_m,
-            block_n=plan.block_n,
-            block_k=plan.block_k,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-        )
+def _tiled_matmul_gpu(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
+    return product(x, bias, _tiled_whole(*parts[:-1]), parts[-1])
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """Unit stride along the last dimension, copied only if need be."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-@functools.cache
-def _arch(device: torch.device) -> str:
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-@functools.cache
-def _launcher(kernel: str) -> Callable[..., None]:
-    try:
-        module = importlib.import_module(f".kernels.{kernel}", __package__)
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise RuntimeError("tensors on a GPU need the package triton, which is not installed") from error
-    return getattr(module, kernel)
+def _tiled_matmul_transposed_gpu(dy: Tensor, *parts: Any) -> Tensor:
+    return product_transposed(dy, _tiled_whole(*parts[:-1]))
 
 
 def _matmul_fake(x: Tensor, bias: Tensor | None, qweight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], qweight.shape[1]))
 
 
-def _matmul_transposed_fake(dy: Tensor, *parts: Any) -> Tensor:
+def _tiled_matmul_fake(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
+    return x.new_empty((x.shape[0], parts[7]))
+
+
+def _transposed_fake(dy: Tensor, *parts: Any) -> Tensor:
     return dy.new_empty((dy.shape[0], parts[6]))
 
 
 def _save(ctx: Any, parts: Sequence[Any]) -> None:
-    if parts[1].requires_grad:
-        raise RuntimeError("scales must not require grad: the weight is frozen and has no gradient")
+    for tensor in parts[:4]:
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError("scales must not require grad: the weight is frozen and has no gradient")
     ctx.save_for_backward(*parts[:4])
     ctx.numbers = parts[4:]
 
 
-def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, *parts = inputs
-    _save(ctx, parts)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _derive(forward: Any, transposed: Any) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., None], Callable[..., Any]]:
+    """Set-up and backward of an operator, then of its transpose."""
 
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, bias, *parts = inputs
+        _save(ctx, parts)
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
-def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = torch.ops.gptq_triton.matmul_transposed.default(dy, *ctx.saved_tensors, *ctx.numbers)
-    if ctx.needs_input_grad[1]:
-        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, ctx.bias_dtype)).to(ctx.bias_dtype)
-    return dx, dbias, *([None] * 8)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = transposed.default(dy, *ctx.saved_tensors, *ctx.numbers)
+        if ctx.needs_input_grad[1]:
+            dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, ctx.bias_dtype)).to(ctx.bias_dtype)
+        return dx, dbias, *([None] * (4 + len(ctx.numbers)))
 
+    def transposed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs[1:])
 
-def _matmul_transposed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs[1:])
+    def transposed_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        ddy = forward.default(ddx, None, *ctx.saved_tensors, *ctx.numbers)
+        return ddy, *([None] * (4 + len(ctx.numbers)))
 
-
-def _matmul_transposed_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-    ddy = torch.ops.gptq_triton.matmul.default(ddx, None, *ctx.saved_tensors, *ctx.numbers)
-    return ddy, *([None] * 8)
+    return setup, backward, transposed_setup, transposed_backward
 
 
 def _register(
@@ -255,12 +272,11 @@ def _register(
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
 
 
-_register("matmul", _matmul_cpu, _matmul_gpu, _matmul_fake, _matmul_setup, _matmul_backward)
+_a, _b, _c, _d = _derive(torch.ops.gptq_triton.matmul, torch.ops.gptq_triton.matmul_transposed)
+_register("matmul", _matmul, _matmul, _matmul_fake, _a, _b)
+_register("matmul_transposed", _matmul_transposed, _matmul_transposed, _transposed_fake, _c, _d)
+_a, _b, _c, _d = _derive(torch.ops.gptq_triton.tiled_matmul, torch.ops.gptq_triton.tiled_matmul_transposed)
+_register("tiled_matmul", _tiled_matmul_cpu, _tiled_matmul_gpu, _tiled_matmul_fake, _a, _b)
 _register(
-    "matmul_transposed",
-    _matmul_transposed_cpu,
-    _matmul_transposed_gpu,
-    _matmul_transposed_fake,
-    _matmul_transposed_setup,
-    _matmul_transposed_backward,
+    "tiled_matmul_transposed", _tiled_matmul_transposed_cpu, _tiled_matmul_transposed_gpu, _transposed_fake, _c, _d
 )

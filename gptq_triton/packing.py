@@ -48,14 +48,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if length % RUN:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, runs * RUN - length))
     codes = codes.reshape(runs, RUN, columns)
-    out = torch.zeros(runs, bits, columns, dtype=torch.int32, device=codes.device)
+    packed = torch.zeros(runs * bits, columns, dtype=torch.int32, device=codes.device)
+    out = packed.view(runs, bits, columns)
     for j in range(RUN):
         word, shift = divmod(j * bits, 32)
         code = codes[:, j].to(torch.int32)
         out[:, word] |= code << shift
         if shift + bits > 32:
             out[:, word + 1] |= code >> (32 - shift)
-    return out.view(runs * bits, columns)[: words(length, bits)]
+    return packed if runs * RUN == length else packed[: words(length, bits)].clone()
 
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:

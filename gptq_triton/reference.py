@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,11 +52,7 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         (M, N), the dtype of x. float16 and bfloat16 go through float32 on the CPU, where their
         native products are slow and round more often.
     """
-    wide = _wide(x)
-    y = x.to(wide) @ dequantize(weight, wide)
-    if bias is not None:
-        y += bias.to(wide)
-    return y.to(x.dtype)
+    return product(x, functools.partial(dequantize, weight), bias)
 
 
 def matmul_transposed(dy: Tensor, weight: PackedWeight) -> Tensor:
@@ -66,9 +65,25 @@ def matmul_transposed(dy: Tensor, weight: PackedWeight) -> Tensor:
     Returns:
         (M, K), the dtype of dy.
     """
+    return product_transposed(dy, functools.partial(dequantize, weight))
+
+
+def product(x: Tensor, floats: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:
+    """``x @ W + bias`` in the dtype of x, for a W (K, N) that comes in any dtype."""
+    wide = _wide(x)
+    y = x.to(wide) @ floats(wide)
+    if bias is not None:
+        y += bias.to(wide)
+    return y.to(x.dtype)
+
+
+def product_transposed(dy: Tensor, floats: Callable[[torch.dtype], Tensor]) -> Tensor:
+    """``dy @ W.T`` in the dtype of dy."""
     wide = _wide(dy)
-    return (dy.to(wide) @ dequantize(weight, wide).t()).to(dy.dtype)
+    return (dy.to(wide) @ floats(wide).t()).to(dy.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
+    if x.is_cuda:  # whose products of halves accumulate in float32
+        return x.dtype
     return torch.float64 if x.dtype == torch.float64 else torch.float32

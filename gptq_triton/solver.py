@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -204,7 +204,7 @@ def solve(
     original = torch.cat([w.t().to(H) for w in weights.values()], dim=1)  # (K, N)
     nearest = _round_to_nearest(original, spec, options)
     found, damp = None, options.damp
-    needed = max(H.shape[0] // 8 if options.min_tokens is None else options.min_tokens, 1)
+    needed = _needed_tokens(H.shape[0], options)
     if method == "rtn":
         pass
     elif hessian.tokens < needed:
@@ -234,6 +234,49 @@ def solve(
         )
         start = stop
     return solutions
+
+
+def requantize(
+    weight: Tensor,
+    hessian: Hessian | None,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor,
+    spec: QuantSpec,
+    options: SolverOptions,
+) -> tuple[Tensor, Literal["gptq", "rtn"]]:
+    """Codes of a weight on a grid that is given, as when a layer changes and keeps its scales.
+
+    Args:
+        weight: (N, K), floating; not changed.
+        hessian: Of the K inputs; None, or one that saw too little, rounds to nearest.
+        scales: (G, N), > 0.
+        zeros: (G, N), integral, in [0, spec.maxq].
+        g_idx: (K,), the group of each input.
+        spec: The format.
+        options: How to solve; its grid options do not matter.
+
+    Returns:
+        uint8 (K, N), and how they were found.
+    """
+    columns, rows = weight.t().float(), g_idx.long()
+    scales, zeros = scales.float(), zeros.float()
+    scales = scales.masked_fill(scales == 0, 1)  # whatever the code, such a weight is 0
+    codes = encode(columns, scales[rows], zeros[rows], spec.maxq).to(torch.uint8)
+    if hessian is None or hessian.tokens < max(
+        len(columns) // 8 if options.min_tokens is None else options.min_tokens, 1
+    ):
+        return codes, "rtn"
+    order = torch.argsort(hessian.sum.diagonal(), descending=True, stable=True)
+    factor, _ = _inverse_factor(hessian.sum[order][:, order], options.damp)
+    if factor is None:
+        return codes, "rtn"
+    nearest = _Rounded(codes, scales, zeros, rows)
+    return _walk(columns[order], factor, order, rows, nearest, spec, replace(options, static_groups=True)).codes, "gptq"
+
+
+def _needed_tokens(K: int, options: SolverOptions) -> int:
+    return max(K // 8 if options.min_tokens is None else options.min_tokens, 1)
 
 
 def _order(importance: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .experts import ignoring
 from .layers import find_layers, weight_of
+from .linear import QuantLinear
 from .solver import Hessian
 
 # input_ids (B, S) int64, and attention_mask (B, S) where tokens are padded; or what a model without tokens takes
@@ -26,12 +27,16 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     depth = getattr(text, "num_hidden_layers", None)
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and find_layers(m)}
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and _has_layers(m)}
     stacks = {n: m for n, m in lists.items() if len(m) == depth} or lists
     if not stacks:
         raise ValueError(f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers")
     name = max(stacks, key=lambda n: sum(p.numel() for p in stacks[n].parameters()))
     return {f"{name}.{i}": block for i, block in enumerate(stacks[name])}
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return bool(find_layers(module)) or any(isinstance(each, QuantLinear) for each in module.modules())
 
 
 def default_device(model: nn.Module) -> torch.device:
@@ -200,9 +205,11 @@ class Observer:
 
     def hessian(self, name: str) -> Hessian:
         """What a layer was given; empty if it never ran."""
-        layer = self.layers[name]
-        weight = weight_of(layer)
-        return self._hessians.get(self.leader.get(name, name)) or Hessian(weight.shape[1], weight.device)
+        found = self._hessians.get(self.leader.get(name, name))
+        if found is not None:
+            return found
+        weight = weight_of(self.layers[name])
+        return Hessian(weight.shape[1], weight.device)
 
     def groups(self, kinds: Mapping[str, Hashable]) -> list[list[str]]:
         """Layers to solve together: same inputs, same kind."""

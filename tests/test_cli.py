@@ -328,8 +328,8 @@ def test_generate_mistakes(fails, home, tmp_path):
     tensors = load_file(home / "small" / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.scales"]
     save_file(tensors, folder / "model.safetensors")
-    line = fails("generate", folder, "--prompt", "w1")  # torch says it in two lines
-    assert "model.layers.0.mlp.up_proj: Error(s) in loading state_dict for QuantLinear: Missing key(s)" in line
+    line = fails("generate", folder, "--prompt", "w1")
+    assert line.endswith("model.safetensors: model.layers.0.mlp.up_proj: scales is missing")
 
 
 def test_a_folder_quantized_by_autogptq_is_known_by_its_config_file(run, home, tmp_path):
@@ -356,7 +356,7 @@ def test_inspect(run, home, tmp_path):
     (folder / "config.json").write_text(json.dumps(content))
     code, shown, _ = run("inspect", folder)
     assert code == 0
-    assert shown.count("finding: model.layers.") == 14
+    assert "and 11 more: the config says 8 bits, the tensors hold 4" in shown
     code, shown, _ = run("inspect", "small")
     assert "14 layers: 4 bits, groups of 32, groups in order, zero points v2 (as labelled)" in shown
 
@@ -364,7 +364,7 @@ def test_inspect(run, home, tmp_path):
 def test_inspect_mistakes(fails, tmp_path):
     assert fails("inspect", "nowhere").endswith("nowhere is not a folder")
     assert "has no quantization_config in config.json and no quantize_config.json" in fails("inspect", "full")
-    assert "text.txt is not a folder" in fails("inspect", "text.txt")
+    assert "text.txt is not a readable file of tensors alone" in fails("inspect", "text.txt")
 
 
 # demo

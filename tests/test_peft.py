@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
-from gptq_triton import QuantizeConfig, QuantLinear, quantize_model, save_quantized
+from gptq_triton import QuantizeConfig, QuantLinear, merge_lora, quantize_model, save_quantized
 from gptq_triton.integrations.peft import LoraQuantLinear, register
 from gptq_triton.integrations.transformers import GptqTritonConfig
 from tests.tiny import batches, tiny
@@ -166,6 +166,10 @@ def test_merging_is_refused_and_the_way_out_works(folders, tmp_path):
     assert torch.equal(logits(model), expected)
     base = model.unload()
     assert torch.equal(logits(base), logits(load(folders)))
+    rounded = load(folders)
+    assert {r.method for r in merge_lora(rounded, tmp_path)} == {"rtn"}
+    base_error = (logits(load(folders)) - expected).norm()
+    assert (logits(rounded) - expected).norm() < base_error  # some of it arrives
     merged = PeftModel.from_pretrained(base.dequantize(), tmp_path).merge_and_unload()
     assert (logits(merged) - expected).norm() <= 1e-5 * expected.norm()
 

@@ -1,7 +1,6 @@
 """Two processes on the CPU against one: the same numbers, half the memory."""
 
 import socket
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import gptq_triton.integrations.transformers  # noqa: F401
 from gptq_triton import QuantizeConfig, QuantLinear, quantize_model, save_quantized
 from gptq_triton.integrations.tensor_parallel import ColwiseQuantLinear, is_shard, shard
-from gptq_triton.integrations.transformers_parallel import load_shards
+from gptq_triton.integrations.transformers_parallel import read_shard
 from tests import parallel
 from tests import test_experts as moe
 from tests.strategies import random_weight
@@ -138,12 +137,9 @@ def test_what_cannot_be_cut_is_refused():
         ColwiseQuantLinear()._apply(nn.Linear(4, 4), None)
 
 
-def test_shards_are_read_from_safetensors_under_a_style_that_can_be_cut(folders, alone):
-    with pytest.raises(ValueError, match=r"reads parts of safetensors files, got model\.bin"):
-        load_shards(alone["llama"], {}, set(), ["/somewhere/model.bin"])
+def test_a_style_that_cannot_be_cut_is_refused(folders):
     model = AutoModelForCausalLM.from_pretrained(folders / "llama")
-    model._mesh_manager = SimpleNamespace(get_mesh=lambda name: None)
     model.tp_plan["model.layers.*.mlp.up_proj"] = "packed_rowwise"
     name = "model.layers.1.mlp.up_proj"
     with pytest.raises(ValueError, match=rf"{name}: parallel style 'packed_rowwise' is not for quantized layers"):
-        load_shards(model, {name: name}, set(), [str(folders / "llama" / "model.safetensors")])
+        read_shard(model, name, model.get_submodule(name), None, None)

@@ -49,7 +49,7 @@ class LoraQuantLinear(LoraLinear):
     """PEFT's LoRA layer around a QuantLinear, made by PEFT for a registered configuration.
 
     The quantized weight is frozen and never dequantized in a forward pass, DoRA's included. It cannot take
-    an adapter up: that needs a new quantization.
+    an adapter up as it is: its codes have to be rounded anew.
     """
 
     @property
@@ -64,9 +64,8 @@ class LoraQuantLinear(LoraLinear):
             ValueError: Always.
         """
         raise ValueError(
-            "an adapter cannot be merged into a quantized layer, whose codes would round it away. Keep it beside the "
-            "model, or merge it into floating weights: model.unload(), then model.dequantize(), then load the adapter "
-            "there and merge_and_unload(), and quantize the result again"
+            "an adapter cannot be merged into a quantized layer as it is. Save it, unload() it and let "
+            "gptq_triton.merge_lora(model, folder) round the codes anew, or dequantize() the model and merge there"
         )
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:

@@ -19,10 +19,11 @@ from gptq_triton.linear import QuantLinear
 
 from .sharding import chunk, cut
 
-__all__ = ["ColwiseQuantLinear", "RowwiseQuantLinear", "is_shard", "shard"]
+__all__ = ["ColwiseQuantLinear", "RowwiseQuantLinear", "is_shard", "shard", "take_over"]
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
+_BUFFERS = ("_buffers", "_non_persistent_buffers_set")
 
 
 class ColwiseQuantLinear(ParallelStyle):
@@ -116,9 +117,14 @@ def shard(
         parts = {name: tensor for name, tensor in layer.state_dict().items() if name in _PARTS}
     weight, bias = cut(parts, layer.spec, (K, N), layer.checkpoint_format, rows, columns)
     own = QuantLinear.from_packed(weight, bias if rows is None or rank == 0 else None).to(device or _device(layer))
-    # all that makes it a layer of its own; the hooks of the module, and references to it, stay
-    taken = {name: value for name, value in vars(own).items() if name == "_buffers" or name not in _OF_ANY_MODULE}
-    vars(layer).update(taken, in_features=K, out_features=N)
+    take_over(layer, own)
+    layer.in_features, layer.out_features = K, N
+
+
+def take_over(layer: nn.Module, own: QuantLinear) -> None:
+    """Make a module another layer, in place: its hooks, and references to it, stay."""
+    taken = {name: value for name, value in vars(own).items() if name in _BUFFERS or name not in _OF_ANY_MODULE}
+    vars(layer).update(taken)
 
 
 def is_shard(layer: QuantLinear) -> bool:

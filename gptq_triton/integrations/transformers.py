@@ -6,15 +6,17 @@ and gptqmodel; :func:`release_gptq` gives ``quant_method: "gptq"`` back to trans
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
-from transformers.modeling_utils import load_state_dict
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -24,18 +26,23 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from gptq_triton.checkpoint import check_storable, relabelled, stored_as
+from gptq_triton.checkpoint import storable_state
 from gptq_triton.config import read_config
+from gptq_triton.dialects import detect
 from gptq_triton.embedding import QuantEmbedding, make_layers, untie
 from gptq_triton.evaluate import tokenize
 from gptq_triton.experts import match_checkpoint
-from gptq_triton.inspection import PARTS
+from gptq_triton.files import Files
+from gptq_triton.filling import matrix_shape, read_layer, report
+from gptq_triton.findings import Claim, Layout, corrected
 from gptq_triton.linear import QuantLinear
 from gptq_triton.model import quantize_model
+from gptq_triton.parts import PARTS, LayerParts, layer_parts
+from gptq_triton.tensorfile import open_tensors
 
-from .tensor_parallel import is_shard
+from .tensor_parallel import is_shard, take_over
 from .transformers_config import GptqTritonConfig
-from .transformers_parallel import adapt_plan, leave_out, load_shards
+from .transformers_parallel import adapt_plan, read_shard
 
 __all__ = ["GptqTritonConfig", "GptqTritonQuantizer", "autogptq_config", "claim_gptq", "release_gptq"]
 
@@ -55,10 +62,8 @@ class GptqTritonQuantizer(HfQuantizer):
         if not isinstance(quantization_config, GptqTritonConfig):
             quantization_config = GptqTritonConfig(**quantization_config.to_dict())
         super().__init__(quantization_config, **kwargs)
-        self._layers: dict[str, set[str]] = {}  # module name to the tensors that the checkpoint has of it
-        self._sources: dict[str, str] = {}  # module name to name in the checkpoint
-        self._symmetric: set[str] = set()
-        self._shards: list[str] = []  # files to read parts of, under tensor parallelism
+        self._layers: dict[str, str] = {}  # module name to name in the checkpoint
+        self._files: list[Path] = []
         self._target: torch.device | None = None  # where a model that is quantized here ends up
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -75,11 +80,6 @@ class GptqTritonQuantizer(HfQuantizer):
         self._target = torch.device(places.pop())
         return {"": torch.device("cpu")}
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Tensors of quantized layers stay as the checkpoint has them."""
-        owner, _, part = converter.target_patterns[0].rpartition(".")
-        return None if part in self._layers.get(owner, ()) else super().get_new_dtype(converter, param, dtype)
-
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Experts that were taken apart are not put together again."""
         names = set(model.state_dict()) if self._layers else set()
@@ -95,82 +95,79 @@ class GptqTritonQuantizer(HfQuantizer):
         adapt_plan(model, plan)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        tensors: dict[str, Tensor] = {}
-        for file in checkpoint_files or ():
-            tensors |= load_state_dict(file, map_location="meta")
-        quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-        folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path()
-        if not self.pre_quantized:
-            if quantized:
-                raise ValueError(
-                    f"{folder} is quantized already, which its config.json does not say; "
-                    "load it with config=autogptq_config(folder) and without quantization_config"
-                )
-            if self.quantization_config.dataset is None:
-                raise ValueError("dataset must be given to quantize a model as it is loaded, got None")
+        self._files = [Path(file) for file in checkpoint_files or ()]
+        with _opened(self._files) as files:
+            quantized = any(key.endswith(".qweight") for key in files)
+            if self.pre_quantized:
+                self._replace_layers(model, files)
+        if self.pre_quantized:
             return
-        if not quantized:
-            raise ValueError(f"{folder} holds no quantized layers (no tensor ends in .qweight)")
-        self._replace_layers(model, tensors, quantized)
-        if getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1:
-            self._shards = list(checkpoint_files)
-            leave_out(model, self._sources)
+        if quantized:
+            raise ValueError(
+                f"{self._files[0].parent} is quantized already, which its config.json does not say; "
+                "load it with config=autogptq_config(folder) and without quantization_config"
+            )
+        if self.quantization_config.dataset is None:
+            raise ValueError("dataset must be given to quantize a model as it is loaded, got None")
 
-    def _replace_layers(self, model: Any, tensors: Mapping[str, Tensor], quantized: Iterable[str]) -> None:
-        """Put empty QuantLinear layers where the checkpoint has quantized ones."""
+    def _replace_layers(self, model: Any, files: Files) -> None:
+        """Put empty layers where the checkpoint has quantized ones, which transformers then leaves alone."""
         config = self.quantization_config.to_quantize_config()
-        place = match_checkpoint(model, tensors)
+        found = layer_parts(files)
+        place = match_checkpoint(model, files)
         modules = {name for name, _ in model.named_modules()}
-        for name in quantized:
+        tensor_parallel = getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1
+        for name in found:
             own_name = _in_model(place[f"{name}.qweight"].removesuffix(".qweight"), model, modules)
-            own = stored_as(config, name, own_name)
-            parts = {part for part in PARTS if f"{name}.{part}" in tensors}
-            missing = [part for part in PARTS[:3] if part not in parts]
-            if missing:
-                raise ValueError(f"{name} lacks {', '.join(missing)}")
-            options = {"device": "meta", "checkpoint_format": config.checkpoint_format}
-            make_layers(model, [own_name], own.bits, own.group_size, **options)
-            layer = cast("QuantLinear", model.get_submodule(own_name))
-            if (layer.bias is not None) and "bias" not in parts:
-                raise ValueError(f"{name}.bias is missing")
-            if "bias" in parts:
-                layer.bias = tensors[f"{name}.bias"]
-            self._layers[own_name], self._sources[own_name] = parts, name
-            if own.sym:
-                self._symmetric.add(own_name)
+            if own_name not in modules:
+                raise ValueError(f"{found[name].path.name} holds {name}, which the model has no place for")
+            own = Claim.of(config, name, own_name)
+            make_layers(model, [own_name], own.bits or config.bits, own.group_size or -1, device="meta")
+            layer: Any = model.get_submodule(own_name)
+            # of use for a device map only, and held whole by no rank
+            layer._non_persistent_buffers_set.update(PARTS)
+            layer._hf_quantized_needs_local_tp = True  # transformers' parallel styles then use plain tensors
+            if tensor_parallel:
+                layer._buffers.update(dict.fromkeys(set(PARTS) - {"bias"}))
+            self._layers[own_name] = name
         for module in model.modules():  # some architectures would initialize `weight` of layers that have none now
             bare = not module._parameters and not module._buffers
             if bare and any(isinstance(child, QuantLinear) for child in module.modules()):
                 module._is_hf_initialized = True
         untie(model, self._layers)
-        # optional in the format; what it lacks is filled in afterwards
-        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), r"\.g_idx$"}
+        names = "|".join(map(re.escape, {*self._layers, *self._layers.values()}))
+        ignored = rf"^(?:{names})\.(?:{'|'.join(PARTS)})$"
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if not self.pre_quantized:
-            return self._quantize(model)
-        if self._shards:
-            load_shards(model, self._sources, self._symmetric, self._shards)
-        else:
-            self._settle(model)
-        label = self.quantization_config.checkpoint_format
-        wrong_label = [name for name in self._layers if model.get_submodule(name).checkpoint_format != label]
+        return self._fill(model) if self.pre_quantized else self._quantize(model)
+
+    def _fill(self, model: Any) -> Any:
+        """Read the quantized layers one by one, each to where the device map has its place."""
         config = self.quantization_config.to_quantize_config()
-        self.quantization_config.set_quantize_config(relabelled(config, model, wrong_label, model.name_or_path))
+        layouts: dict[str, Layout] = {}
+        with _opened(self._files) as files:
+            found = layer_parts(files)
+            for name, source in self._layers.items():
+                layer = cast("QuantLinear", model.get_submodule(name))
+                layouts[name] = self._read(model, name, layer, found[source], Claim.of(config, source, name))
+        report(Path(model.name_or_path), layouts)
+        formats = {layer.checkpoint_format for layer in model.modules() if isinstance(layer, QuantLinear)}
+        label = formats.pop() if len(formats) == 1 else "gptq_v2"  # one label for all, as it will be saved
+        self.quantization_config.set_quantize_config(replace(corrected(config, layouts), checkpoint_format=label))
         return model
 
-    def _settle(self, model: Any) -> None:
-        """Check every tensor that was loaded; find out about act-order and dialect."""
-        for name, parts in self._layers.items():
-            layer = cast("QuantLinear", model.get_submodule(name))
-            if layer.qweight.is_meta:
-                raise ValueError(f"{name} is offloaded; quantized layers run on the device that holds them")
-            try:
-                layer.load_state_dict({part: getattr(layer, part) for part in parts}, assign=True)
-            except RuntimeError as error:
-                raise ValueError(f"{name}: {error}") from None
-            if name not in self._symmetric:  # its zero points prove nothing
-                layer.checkpoint_format = self.quantization_config.checkpoint_format
+    def _read(self, model: Any, name: str, layer: QuantLinear, part: LayerParts, claim: Claim) -> Layout:
+        if layer._buffers["qweight"] is None:  # under tensor parallelism
+            layout = detect(part, claim, shape=matrix_shape(layer))
+            take_over(layer, read_shard(model, name, layer, layout, part))
+            return layout
+        device = layer.g_idx.device
+        if device.type == "meta":
+            raise ValueError(f"{name} is offloaded; quantized layers run on the device that holds them")
+        layout, own = read_layer(part, layer, claim)
+        take_over(layer, own.to(device))
+        return layout
 
     def _quantize(self, model: Any) -> Any:
         config = self.quantization_config
@@ -183,9 +180,10 @@ class GptqTritonQuantizer(HfQuantizer):
         """Called before a model is saved: its config must say what the layers are."""
         layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
         _check_whole(layers)
-        check_storable(layers)
+        state, label = storable_state(model, layers)
         self.quantization_config.desc_act = any(layer.act_order for layer in layers.values())
-        return None, {}
+        self.quantization_config.checkpoint_format = label
+        return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Put a floating layer, of the kind the architecture has there, in place of every quantized one."""
@@ -242,6 +240,14 @@ def autogptq_config(folder: str | Path) -> PreTrainedConfig:
         raise ValueError(f"{folder} must hold one model, got {[file.name for file in files]}")
     config.transformers_weights = files[0].name
     return config
+
+
+@contextmanager
+def _opened(paths: Iterable[Path]) -> Iterator[Files]:
+    """Tensor name to the open file that holds it."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_tensors(path)) for path in paths]
+        yield {key: file for file in files for key in file.entries}
 
 
 def _in_model(name: str, model: PreTrainedModel, modules: set[str]) -> str:

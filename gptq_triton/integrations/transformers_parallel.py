@@ -6,19 +6,17 @@ codes and groups several rows, which no slicing of tensors respects.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from gptq_triton.embedding import QuantEmbedding
 from gptq_triton.experts import Experts
-from gptq_triton.files import open_files
-from gptq_triton.inspection import PARTS
+from gptq_triton.findings import Layout
 from gptq_triton.linear import QuantLinear
-from gptq_triton.packing import PackedWeight, symmetric_format
+from gptq_triton.parts import LayerParts
+from gptq_triton.zeros import LABEL_OF_FORM, V2, convert_zeros
 
 from .tensor_parallel import shard
 
@@ -37,56 +35,41 @@ _KINDS = {
 }
 
 
-def leave_out(model: Any, layers: Mapping[str, str]) -> None:
-    """Keep transformers from loading these layers.
-
-    Args:
-        model: Being built.
-        layers: Module name to name in the checkpoint.
-    """
-    for name in layers:
-        layer: Any = model.get_submodule(name)
-        layer._hf_quantized_needs_local_tp = True  # transformers' styles then give and take plain tensors
-        layer._buffers.update(dict.fromkeys(PARTS))
-    names = "|".join(map(re.escape, {*layers, *layers.values()}))
-    ignored = rf"^(?:{names})\.(?:{'|'.join(PARTS)})$"
-    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}
-
-
-def load_shards(model: Any, layers: Mapping[str, str], symmetric: set[str], files: Sequence[str]) -> None:
-    """Fill the layers that were left out with this rank's part.
+def read_shard(model: Any, name: str, layer: QuantLinear, layout: Layout, part: LayerParts) -> QuantLinear:
+    """This rank's part of one layer; of its codes, no more rows are read than it has.
 
     Args:
         model: Distributed by transformers.
-        layers: Module name to name in the checkpoint.
-        symmetric: Names of modules whose zero points tell how they are stored.
-        files: Of the checkpoint.
+        name: Of the module.
+        layer: What stands there.
+        layout: How the checkpoint holds the layer.
+        part: The layer's tensors.
 
     Raises:
-        ValueError: The files are no safetensors, or a layer cannot be cut as the plan wants it.
+        ValueError: The layer cannot be cut as the plan wants it.
     """
     from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
-    if not all(str(file).endswith(".safetensors") for file in files):
-        raise ValueError(f"tensor parallel loading reads parts of safetensors files, got {Path(files[0]).name}")
+    style = model.tp_plan.get(replace_layer_number_by_wildcard(name), "replicate")
+    if style not in _KINDS:
+        raise ValueError(f"{name}: parallel style {style!r} is not for quantized layers")
+    form = layout.zeros if layout.zeros in LABEL_OF_FORM else V2
+    tensors: dict[str, Any] = {
+        "qweight": _Rows(part),
+        "qzeros": convert_zeros(part.read("qzeros"), layout.bits, layout.N, layout.zeros, form),
+        "scales": part.read("scales"),
+    }
+    tensors |= {"g_idx": part.read("g_idx").to(torch.int32)} if layout.act_order else {}
+    tensors |= {"bias": part.read("bias")} if "bias" in part.entries else {}
+    whole = QuantLinear(
+        layout.bits, layout.group_size, layout.K, layout.N, device="meta", checkpoint_format=LABEL_OF_FORM[form]
+    )
     mesh = model._mesh_manager.get_mesh("tp")
-    device = next(model.parameters()).device
-    with open_files(_where(files)) as opened:
-        for name, source in layers.items():
-            style = model.tp_plan.get(replace_layer_number_by_wildcard(name), "replicate")
-            if style not in _KINDS:
-                raise ValueError(f"{name}: parallel style {style!r} is not for quantized layers")
-            keys = {part: f"{source}.{part}" for part in PARTS if f"{source}.{part}" in opened}
-            parts = {part: opened[key].get_slice(key) for part, key in keys.items()}
-            layer = cast("QuantLinear", model.get_submodule(name))
-            if name in symmetric:
-                empty = torch.empty(0, layer.outfeatures, dtype=torch.int32)
-                zeros = PackedWeight(empty, empty, parts["qzeros"][:], None, layer.spec, layer.infeatures)
-                layer.checkpoint_format = symmetric_format(zeros) or layer.checkpoint_format
-            try:
-                shard(layer, _KINDS[style], mesh.get_local_rank(), mesh.size(), parts, device)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    try:
+        shard(whole, _KINDS[style], mesh.get_local_rank(), mesh.size(), tensors, next(model.parameters()).device)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return whole
 
 
 def adapt_plan(model: Any, plan: dict[str, str]) -> None:
@@ -110,12 +93,12 @@ def adapt_plan(model: Any, plan: dict[str, str]) -> None:
                 plan[f"{path}.*.{module.outer}"] = "rowwise"
 
 
-def _where(files: Sequence[str]) -> dict[str, Path]:
-    """Tensor name to file."""
-    from safetensors import safe_open
+class _Rows:
+    """The codes of a layer in a file, read as they are asked for."""
 
-    where = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            where |= dict.fromkeys(file.keys(), Path(path))
-    return where
+    def __init__(self, part: LayerParts):
+        self.part = part
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
+        rows, columns = index
+        return self.part.rows("qweight", rows.start, rows.stop)[:, columns]

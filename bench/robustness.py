@@ -1,0 +1,67 @@
+"""20,000 damaged checkpoints and 100 killed processes, counted (``tests/fuzzing.py`` and ``tests/killing.py``)."""
+
+from __future__ import annotations
+
+import collections
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import RESULTS, provenance, write
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests import fuzzing, killing
+
+CASES, KILLS = 20_000, 50
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = {"damaged": damage(Path(scratch)), "killed": kill(Path(scratch))}
+    write(RESULTS / "cpu" / "robustness.json", provenance("python bench/robustness.py") | rows)
+    print(rows)
+
+
+def damage(home: Path) -> dict[str, Any]:
+    """Every case of seeds 0 to CASES - 1; a crash or a difference is counted and shown, not raised."""
+    fuzzing.make_bases(home)
+    found: collections.Counter[str] = collections.Counter(loaded=0, refused=0, crashes=0, hangs=0, differences=0)
+    slowest, started = 0.0, time.perf_counter()
+    for seed in range(CASES):
+        before = time.perf_counter()
+        try:
+            found[fuzzing.run_case(home, seed, home / "scratch" / "m")] += 1
+        except AssertionError as error:
+            found["differences"] += 1
+            print(f"seed {seed}: {error}", file=sys.stderr)
+        except fuzzing.Hang as error:
+            found["hangs"] += 1
+            print(f"seed {seed}: {error}", file=sys.stderr)
+        except Exception as error:
+            found["crashes"] += 1
+            print(f"seed {seed}: {error!r}", file=sys.stderr)
+        slowest = max(slowest, time.perf_counter() - before)
+    return {
+        "cases": CASES,
+        **found,
+        "seconds": round(time.perf_counter() - started),
+        "slowest_case_seconds": round(slowest, 2),
+        "peak_resident_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
+    }
+
+
+def kill(home: Path) -> dict[str, Any]:
+    """KILLS saves and KILLS quantizations; a folder that is neither old nor new raises."""
+    return {
+        "save": {"runs": KILLS, **killing.kill_saves(home, KILLS)},
+        "quantize": {"runs": KILLS, **killing.kill_quantizations(home, KILLS)},
+    }
+
+
+if __name__ == "__main__":
+    main()

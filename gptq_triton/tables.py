@@ -1,0 +1,80 @@
+"""Measured plans: the tables that the package ships, and what `tune` found on this machine.
+
+A table is JSON, a plan for each case. The user's tables lie in ``$GPTQ_TRITON_CACHE`` or ``~/.cache/gptq_triton``, one
+for each GPU, Triton version and state of the kernels, so that none outlives what it was measured with.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+from .dispatch import DecodePlan, FusedPlan, MatmulPlan, Problem, WidePlan
+
+BUCKETS = (4, 8, 16, 32, 64)  # rows of x that share a plan, up to
+
+
+def case(problem: Problem) -> str:
+    """What a measured plan depends on, as tables name it."""
+    rows = next(rows for rows in BUCKETS if problem.M <= rows)
+    group = f" g{problem.group_columns}" if problem.group_columns < 128 else ""
+    return f"{problem.strips * 16}x{problem.steps * 128} w{problem.bits}{group} m{rows}"
+
+
+def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
+    """The measured plan for a case on a GPU, or None: the user's own before the shipped one."""
+    if problem.M > BUCKETS[-1] or not problem.takes_digits:
+        return None
+    found = _table(gpu).get(case(problem))
+    if found is None:
+        return None
+    kind = DecodePlan if "tiles" in found else MatmulPlan if "block_m" in found else WidePlan
+    return kind(**cast(dict[str, Any], found))
+
+
+def save(gpu: str, plans: Mapping[str, FusedPlan]) -> Path:
+    """Add plans to the user's table, whole or not at all."""
+    file = user_file(gpu)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    merged = _read(file) | {name: asdict(plan) for name, plan in plans.items()}
+    fresh = file.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text(json.dumps(merged, indent=1) + "\n")
+    os.replace(fresh, file)
+    _table.cache_clear()
+    return file
+
+
+def user_file(gpu: str) -> Path:
+    """Where the user's table for a GPU lies, with this Triton and these kernels."""
+    import triton
+
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptq_triton"
+    folder = Path(os.environ.get("GPTQ_TRITON_CACHE") or default)
+    return folder / f"{gpu}-triton{triton.__version__}-{_kernels()}.json"
+
+
+@functools.cache
+def _kernels() -> str:
+    """A hash of the kernels' source."""
+    digest = hashlib.sha256()
+    for file in sorted((resources.files("gptq_triton") / "kernels").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".py"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def _table(gpu: str) -> dict[str, dict[str, int]]:
+    shipped = resources.files("gptq_triton") / "tuned" / f"{gpu}.json"
+    return (json.loads(shipped.read_text()) if shipped.is_file() else {}) | _read(user_file(gpu))
+
+
+def _read(file: Path) -> dict[str, dict[str, int]]:
+    return json.loads(file.read_text()) if file.is_file() else {}

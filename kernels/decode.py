@@ -1,0 +1,346 @@
+"""``y = x @ W + bias`` for up to 16 rows of x, as fast as the weight arrives. Gluon, NVIDIA from sm_80 on.
+
+    y[m, n] = bias[n] + sum_g scales[g, n] * unit[m, g] * (sum_k codes[k, n] q[m, k] - zeros[g, n] sum_k q[m, k])
+
+where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. Codes go
+from memory straight to the registers that feed the tensor cores, one mask for four codes (integer_ptx.py); they never
+touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N rows of W and one of several
+ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128 columns). Partial sums meet in
+shared memory, then in a workspace, where the last program to arrive adds them in a fixed order.
+
+Dispatch picks it for M <= 16 and scales of 16 bits. Source: this project.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# (Gluon's own types are constexprs here and tensors there)
+
+import functools
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from .integer_ptx import load_asm, meta_asm, product_asm, registers_asm, shift, words
+from .launch import Launch, prepare
+
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
+
+LOAD2 = gl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
+FENCE = gl.constexpr("bar.warp.sync 0xffffffff; // $0")  # memory operations do not cross it; costs one NOP
+LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; // $0")
+WAIT_FOR_EARLIER = gl.constexpr("griddepcontrol.wait; // $0")
+
+
+class _Text:
+    """PTX and what depends on the width of the codes, as one constexpr."""
+
+    def __init__(self, bits: int, scales_bf16: bool, subgroups: int) -> None:
+        self.key = (bits, scales_bf16, subgroups)
+        self.bits = gl.constexpr(bits)
+        self.words = gl.constexpr(words(bits))
+        self.types = (gl.int32,) * words(bits)
+        self.register_types = (gl.int32,) * 16
+        self.higher = gl.constexpr(2.0 ** -shift(bits))
+        for name, (asm, constraints) in {
+            "load": load_asm(bits),
+            "registers": registers_asm(bits) if bits != 8 else ("", ""),
+            "meta0": meta_asm(bits, 0, scales_bf16),
+            "meta1": meta_asm(bits, 1, scales_bf16),
+            "product": product_asm(subgroups),
+        }.items():
+            setattr(self, name, gl.constexpr(asm))
+            setattr(self, name + "_constraints", gl.constexpr(constraints))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Text) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"_Text{self.key}"
+
+
+@gluon.jit
+def _do(ASM: gl.constexpr):
+    gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _load_words(ptrs, T: gl.constexpr):
+    """The words of a strip and step, one tensor for each of a lane's."""
+    return gl.inline_asm_elementwise(T.load, T.load_constraints, [ptrs], dtype=T.types, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _load_meta(ptr, step, last, strips, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr):
+    """For each subgroup of a step the meta words of rows n and n + 8."""
+    meta = ()
+    for u in gl.static_range(SUBGROUPS):
+        row = gl.minimum(step, last) * SUBGROUPS + u if SUBGROUPS > 1 else gl.minimum(step, last) // GROUP_STEPS
+        meta = meta + gl.inline_asm_elementwise(
+            LOAD2, "=&r,=&r,l", [ptr + row * strips * 16], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+        )
+    return meta
+
+
+@gluon.jit
+def _pieces(t, COUNT: gl.constexpr, WARPS_K: gl.constexpr):
+    """[WARPS_K, 32, COUNT] to COUNT tensors [WARPS_K, 32]."""
+    out = (t,)
+    width: gl.constexpr = COUNT
+    for level in gl.static_range(COUNT.bit_length() - 1):
+        halves = ()
+        for i in gl.static_range(1 << level):
+            piece = out[i]
+            if COUNT >> level > 2:
+                # the first half of what is left, then the second
+                piece = piece.reshape((WARPS_K, 32, 2, COUNT >> (level + 1))).permute((0, 1, 3, 2))
+            halves = halves + gl.split(piece)
+        out = halves
+    return out
+
+
+@gluon.jit
+def _every_strip(t, L: gl.constexpr, SHAPE: gl.constexpr):
+    t = gl.convert_layout(t, gl.SliceLayout(1, L), assert_trivial=True)
+    return gl.expand_dims(t, 1).broadcast_to(SHAPE)
+
+
+@gluon.jit
+def _step(
+    acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, SUBGROUPS: gl.constexpr, WARPS_K: gl.constexpr,
+    DL: gl.constexpr, UL: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
+    """acc += scale * unit * ((code - zero) . q) over 128 columns."""
+    SHAPE: gl.constexpr = q[0].shape
+    a = q
+    if T.bits != 8:
+        a = gl.inline_asm_elementwise(
+            T.registers, T.registers_constraints, q, dtype=T.register_types, is_pure=True, pack=1
+        )
+    groups = ()  # scale, scale, zero, zero of each subgroup
+    for u in gl.static_range(SUBGROUPS):
+        s0, z0 = gl.inline_asm_elementwise(
+            T.meta0, T.meta0_constraints, (meta[2 * u],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
+        )
+        s1, z1 = gl.inline_asm_elementwise(
+            T.meta1, T.meta1_constraints, (meta[2 * u + 1],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
+        )
+        groups = groups + (s0, s1, z0, z1)
+    out = ()
+    for tile in gl.static_range(TILES):
+        b = digits.slice(2 * tile, 2, dim=1).load(DL)  # [WARPS_K, 2, 128]
+        b = b.reshape((WARPS_K, 2, 32, 4)).permute((0, 2, 1, 3)).reshape((WARPS_K, 32, 8))
+        args = a
+        for i in gl.static_range(8):
+            args = args + (_every_strip(_pieces(b, 8, WARPS_K)[i], L, SHAPE),)
+        total = _pieces(sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 32, 2 * SUBGROUPS)), 2 * SUBGROUPS, WARPS_K)
+        for u in gl.static_range(SUBGROUPS):
+            args = args + (groups[4 * u], groups[4 * u + 1], groups[4 * u + 2], groups[4 * u + 3])
+            args = args + (_every_strip(total[1 + u], L, SHAPE),)
+        args = args + (_every_strip(total[0].to(gl.float32, bitcast=True), L, SHAPE),)
+        args = args + (acc[2 * tile], acc[2 * tile + 1])
+        out = out + gl.inline_asm_elementwise(
+            T.product, T.product_constraints, args, dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+        )
+    return out
+
+
+@gluon.jit(
+    do_not_specialize=["M", "N", "steps", "strips", "stride_ym"],
+    do_not_specialize_on_alignment=["bias_ptr"],
+)
+def decode_kernel(
+    digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr, M, N, steps, strips, stride_ym,
+    T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
+    DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
+    PDL: gl.constexpr, L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr,
+):  # fmt: skip
+    """One tile of y, or of a partial sum, a program."""
+    S: gl.constexpr = STRIPS * WARPS_N
+    STEP_WORDS: gl.constexpr = 64 * T.bits
+    WIDTH: gl.constexpr = 64 * SUBGROUPS  # of the sums of a step and tile
+    ROWS: gl.constexpr = CHUNK * WARPS_K * TILES
+    if PDL:
+        _do(LAUNCH_DEPENDENTS)
+
+    # Which tile is mine: strips S * pid_n ..., rounds lo ... hi of WARPS_K steps
+    pid_n = gl.program_id(0)
+    pid_k = gl.program_id(1)
+    split = gl.num_programs(1)
+    rounds = (steps + WARPS_K - 1) // WARPS_K
+    lo = rounds * pid_k // split
+    hi = rounds * (pid_k + 1) // split
+    end = gl.minimum(hi * WARPS_K, steps)
+    last = gl.maximum(end - 1, 0)
+
+    # First pointers. Loads of W stay inside (clamped, not masked): beyond the end digits and units are 0
+    LK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
+    LS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
+    LL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))
+    step = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS_K, LK), 1), 2) + lo * WARPS_K
+    strip = gl.expand_dims(gl.expand_dims(gl.minimum(pid_n * S + gl.arange(0, S, LS), strips - 1), 0), 2)
+    lane = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, LL), 0), 1)
+    step = step + strip * 0 + lane * 0
+    q_ptrs = words_ptr + strip.to(gl.int64) * (steps * STEP_WORDS) + lane * 4 + step * 0
+    m_ptrs = meta_ptr + strip * 16 + lane // 4 * 2 + step * 0
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, CL))
+    digit_offs = gl.expand_dims(row, 1) * 256 + gl.expand_dims(gl.arange(0, 256, gl.SliceLayout(0, CL)), 0)
+    sum_offs = gl.expand_dims(row, 1) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CL)), 0)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    digit_chunks = gl.allocate_shared_memory(gl.int32, [2, ROWS, 256], FLAT)
+    sum_chunks = gl.allocate_shared_memory(gl.int32, [2, ROWS, WIDTH], FLAT)
+    digits = digit_chunks._reinterpret(gl.int32, [2 * CHUNK, WARPS_K, 2 * TILES, 128], PLAIN)
+    sums = sum_chunks._reinterpret(gl.int32, [2 * CHUNK, WARPS_K, TILES, WIDTH], PLAIN)
+    q = ()
+    meta = ()
+    for d in gl.static_range(DEPTH):
+        q = q + (_load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
+        meta = meta + (_load_meta(m_ptrs, step, last, strips, GROUP_STEPS, SUBGROUPS),)
+        step += WARPS_K
+    if PDL:
+        _do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
+    first = lo * WARPS_K
+    present = gl.expand_dims(row // TILES + first < end, 1)
+    async_copy.async_copy_global_to_shared(digit_chunks.index(0), digits_ptr + first * TILES * 256 + digit_offs, mask=present)
+    async_copy.async_copy_global_to_shared(sum_chunks.index(0), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present)
+    async_copy.commit_group()
+    acc = ()
+    for _ in gl.static_range(2 * TILES):
+        acc = acc + (gl.zeros((WARPS_K, S, 32), gl.float32, L),)
+
+    # The loop over k: chunks of CHUNK rounds of digits, rounds of WARPS_K steps
+    side = 0
+    for chunk in range(lo, hi, CHUNK):
+        async_copy.wait_group(0)
+        _barrier()
+        first = (chunk + CHUNK) * WARPS_K
+        present = gl.expand_dims(row // TILES + first < end, 1)
+        async_copy.async_copy_global_to_shared(digit_chunks.index(1 - side), digits_ptr + first * TILES * 256 + digit_offs, mask=present)
+        async_copy.async_copy_global_to_shared(sum_chunks.index(1 - side), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present)
+        async_copy.commit_group()
+        _barrier()  # before the first read of the chunk, or the compiler adds one to every round
+        n = gl.minimum(CHUNK, hi - chunk)
+        for i in range(0, n, DEPTH):
+            for d in gl.static_range(DEPTH):
+                if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
+                    stage = side * CHUNK + i + d
+                    acc = _step(acc, q[d], meta[d], digits.index(stage), sums.index(stage), T, TILES, SUBGROUPS, WARPS_K, DL, UL, L)
+                q = q[:d] + (_load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
+                meta = meta[:d] + (_load_meta(m_ptrs, step, last, strips, GROUP_STEPS, SUBGROUPS),) + meta[d + 1 :]
+                step += WARPS_K
+                _do(FENCE)
+        side = 1 - side
+    async_copy.wait_group(0)
+
+    # Epilogue: add the WARPS_K partial sums, then those of all programs in a fixed order
+    partial = gl.allocate_shared_memory(gl.float32, [2 * TILES, WARPS_K, S * 32], FLAT)
+    for c in gl.static_range(2 * TILES):
+        part = acc[c] * T.higher if c % 2 else acc[c]
+        partial.index(c).store(part.reshape((WARPS_K, S * 32)))
+    _barrier()
+    offs_j = gl.arange(0, S * 32, gl.SliceLayout(0, YL))
+    mine = True
+    if SPLITS:
+        tile_ptr = workspace_ptr + pid_n * (2 * TILES * S * 32) + offs_j
+        split_stride = gl.num_programs(0) * (2 * TILES * S * 32)
+        for c in gl.static_range(2 * TILES):
+            gl.store(tile_ptr + pid_k * split_stride + c * S * 32, gl.sum(partial.index(c).load(YL), 0))
+        _barrier()
+        mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == split - 1
+        if mine:
+            gl.store(counters_ptr + pid_n, 0)
+    if mine:
+        for c in gl.static_range(2 * TILES):
+            if SPLITS:
+                y = gl.load(tile_ptr + c * S * 32, cache_modifier=".cg")
+                for j in range(1, split):
+                    y += gl.load(tile_ptr + j * split_stride + c * S * 32, cache_modifier=".cg")
+            else:
+                y = gl.sum(partial.index(c).load(YL), 0)
+            # row g + 8 r8 of a strip and row t of a tile of x
+            offs_n = (pid_n * S + offs_j // 32) * 16 + 8 * (c % 2) + offs_j % 32 // 4
+            offs_m = 4 * (c // 2) + offs_j % 4
+            if bias_ptr is not None:
+                y += gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
+            y_ptrs = y_ptr + offs_m.to(gl.int64) * stride_ym + offs_n
+            gl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M) & (offs_n < N))
+
+
+def _linear(registers: list, lanes: list, warps: list, shape: list) -> gl.DistributedLinearLayout:
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
+
+
+def _bits(size: int) -> list[int]:
+    return [1 << i for i in range(size.bit_length() - 1)]
+
+
+@functools.cache
+def constants(
+    bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, splits: bool,
+    group_columns: int, pdl: bool,
+) -> dict:  # fmt: skip
+    """The constexpr arguments of the kernel for a plan."""
+    subgroups = max(1, 128 // group_columns)
+    S = strips * warps_n
+    warps = warps_n * warps_k
+    # strips go to warps first, then to registers; what does not depend on the strip is the same in those warps
+    here = _bits(S)[: warps_n.bit_length() - 1]
+    rest = _bits(S)[warps_n.bit_length() - 1 :]
+    same = [[0, 0, 0] for _ in here]
+    in_k = [[k, 0, 0] for k in _bits(warps_k)]
+    return {
+        "T": _Text(bits, scales_bf16, subgroups), "TILES": tiles, "STRIPS": strips, "WARPS_N": warps_n,
+        "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits, "GROUP_STEPS": max(1, group_columns // 128),
+        "SUBGROUPS": subgroups, "PDL": pdl,
+        "L": _linear([[0, s, 0] for s in rest], [[0, 0, b] for b in _bits(32)], [[0, s, 0] for s in here] + in_k, [warps_k, S, 32]),
+        "DL": _linear([[0, 0, 1], [0, 0, 2], [0, 1, 0]], [[0, 0, 4 * b] for b in _bits(32)], same + in_k, [warps_k, 2, 128]),
+        "UL": _linear(
+            [[0, 0, b] for b in _bits(2 * subgroups)], [[0, 0, 2 * subgroups * b] for b in _bits(32)],
+            same + in_k, [warps_k, 1, 64 * subgroups],
+        ),
+        "CL": gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]),
+        "YL": gl.BlockedLayout([warps_k, 1], [1, 32], [1, warps], [1, 0]),
+    }  # fmt: skip
+
+
+def prepare_decode(
+    device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
+    tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int, pdl: bool,
+) -> Launch:  # fmt: skip
+    """Compile for these constants.
+
+    Args:
+        device: Index of the GPU.
+        dtype: Of y: float16, bfloat16 or float32.
+        bias: Its dtype, or None.
+        bits: 2, 3, 4 or 8.
+        scales_bf16: Whether scales are bfloat16, not float16.
+        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
+        tiles: Of four rows of x: 1, 2 or 4.
+        strips: Strips of 16 rows of W to a warp.
+        warps_n: Warps over strips.
+        warps_k: Warps over steps.
+        depth: Rounds of words in flight.
+        chunk: Rounds of digits staged at a time, a multiple of depth.
+        split: Programs over k.
+        pdl: Programmatic dependent launch (sm_90 on).
+
+    Returns:
+        ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps, all_strips,
+        stride_ym)``, with ``programs = ceil(all_strips / (strips * warps_n))``:
+
+        - digits, sums: as digits.py writes them.
+        - words: int32 (all_strips, steps, 64 * bits).
+        - meta: int32 (groups, all_strips * 16), scales of 16 bits above zero points.
+        - bias: (N,), or None. y: (M, N), unit stride along N, M at most 4 * tiles; overwritten.
+        - workspace: float32, split * programs * 64 * tiles * strips * warps_n elements; None when split is 1.
+        - counters: int32, a zero for each of ``programs``, left at zero; None when split is 1.
+    """
+    names = constants(bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, group_columns, pdl)
+    meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
+    pointers = (*[torch.int32] * 4, bias, dtype, *meeting)
+    return prepare(decode_kernel, device, pointers, 5, names, num_warps=warps_n * warps_k, launch_pdl=pdl)

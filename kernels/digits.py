@@ -1,0 +1,137 @@
+"""x as integers: two signed digits to the base 256 for each number, one unit for 128 of them. Plain Triton.
+
+    x[m, k] = unit[m, k // 128] * (256 high[m, k] + low[m, k]) + error,   |error| <= unit / 2 < 2**-15 max |x[m, :]| there
+
+The unit is the power of two that makes the largest number of the 128 fill 15 bits, so numbers within a factor of 16 of it
+(fp16; bf16: 128) are exact. Digits come in the order in which the decode kernel feeds them to the tensor cores, act-order
+applied. Dispatch runs it before the decode kernel. A number that is not finite makes the unit NaN, hence the row of y.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .launch import Launch, prepare
+
+STEPS = 2  # of a program
+
+
+@triton.jit
+def split_digits(x):
+    """float32 (R, 128) to int32 (R, 128) of at most 15 bits and a sign, and their units, float32 (R,)."""
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # the order of floats, NaN and infinity above all
+    # 32639 = 127 * 256 + 127 is the largest number of two signed digits
+    exponent = ((largest.to(tl.float32, bitcast=True) * (32768 / 32639)).to(tl.int32, bitcast=True) >> 23) - 127
+    exponent = tl.maximum(exponent, -110)
+    scaled = x * ((141 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    integers = (scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # to nearest, by the addition's rounding
+    unit = tl.where(largest < 0x7F800000, ((113 + exponent) << 23).to(tl.float32, bitcast=True), float("nan"))
+    return integers, unit
+
+
+@triton.jit(do_not_specialize=["M", "K", "steps", "stride_xm"], do_not_specialize_on_alignment=["x_ptr"])
+def digits_kernel(
+    x_ptr,
+    order_ptr,
+    digits_ptr,
+    sums_ptr,
+    M,
+    K,
+    steps,
+    stride_xm,
+    ALIGNED: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUBGROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK steps of one row of x a program."""
+    if PDL:
+        gdc_launch_dependents()
+    # Which steps are mine
+    m = tl.program_id(1)
+    step = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = step < steps
+
+    # The columns of these steps
+    offs = step[:, None] * 128 + tl.arange(0, 128)[None, :]
+    if order_ptr is not None:
+        offs = tl.load(order_ptr + offs, mask=mask[:, None], other=-1)
+    if ALIGNED:
+        x_ptr = tl.multiple_of(x_ptr, 16)
+        stride_xm = tl.multiple_of(stride_xm, 8)
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_ptr + m.to(tl.int64) * stride_xm + offs, mask=(offs >= 0) & (offs < K) & mask[:, None], other=0)
+    integers, unit = split_digits(x.to(tl.float32))
+
+    # Digits, four to a word: column 32 s + 16 hb + 8 i1 + 2 t + i0 is byte 2 i0 + i1 of word (s, hb) of lane 4 n + t
+    q = tl.reshape(integers, (BLOCK, 8, 2, 4, 2))
+    byte = 16 * tl.arange(0, 2)[None, None, None, None, :] + 8 * tl.arange(0, 2)[None, None, :, None, None]
+    high = (q + 128) >> 8
+    high_words = tl.sum(tl.sum((high & 255) << byte, 4), 2)  # (BLOCK, (s, hb), t)
+    low_words = tl.sum(tl.sum((q & 255) << byte, 4), 2)
+
+    # Store
+    word = tl.arange(0, 8)[None, :, None]
+    t = tl.arange(0, 4)[None, None, :]
+    offs_u = tl.arange(0, SUBGROUPS)[None, :]
+    sums = -tl.sum(tl.reshape(integers, (BLOCK, SUBGROUPS, 128 // SUBGROUPS)), 2)
+    units = unit.to(tl.int32, bitcast=True)
+    if ROWS == 0:
+        # for decode.py: tiles of four rows of x, which are eight columns n = 2 m + digit; [s // 2][lane][s % 2][hb]
+        tile = step * TILES + m // 4
+        ptrs = digits_ptr + tile[:, None, None] * 256 + word // 4 * 128 + (8 * (m % 4) + t) * 4 + word % 4
+        tl.store(ptrs, high_words, mask=mask[:, None, None])
+        tl.store(ptrs + 16, low_words, mask=mask[:, None, None])
+        # unit and sums of row t for every lane 4 g + t
+        lanes = 4 * tl.arange(0, 8)[None, :] + m % 4
+        firsts = sums_ptr + (tile[:, None] * 32 + lanes) * (2 * SUBGROUPS)
+        tl.store(firsts, tl.broadcast_to(units[:, None], (BLOCK, 8)), mask=mask[:, None])
+        ptrs = firsts[:, :, None] + 1 + offs_u[:, None, :]
+        tl.store(ptrs, tl.broadcast_to(sums[:, None, :], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
+    else:
+        # for wide.py: rows n = 2 m + digit of 128 bytes, their 16-byte pieces (s, hb) swizzled as shared memory wants them
+        n = 2 * m
+        ptrs = digits_ptr + step[:, None, None] * (64 * ROWS) + t
+        tl.store(ptrs + n * 32 + (word ^ n % 8) * 4, high_words, mask=mask[:, None, None])
+        tl.store(ptrs + (n + 1) * 32 + (word ^ (n + 1) % 8) * 4, low_words, mask=mask[:, None, None])
+        # units, then sums; a lane 4 g + t reads all rows 4 j + t at once
+        place = m % 4 * (ROWS // 4) + m // 4
+        firsts = sums_ptr + step * (2 * SUBGROUPS * ROWS) + place
+        tl.store(firsts, units, mask=mask)
+        tl.store(firsts[:, None] + (1 + offs_u) * ROWS, sums, mask=mask[:, None])
+
+
+def prepare_digits(
+    device: int, dtype: torch.dtype, *, ordered: bool, aligned: bool, subgroups: int, tiles: int, rows: int, pdl: bool
+) -> Launch:
+    """Compile for these constants.
+
+    Args:
+        device: Index of the GPU.
+        dtype: Of x: float16 or bfloat16.
+        ordered: Whether there is an order.
+        aligned: Rows of x start at multiples of 16 bytes.
+        subgroups: 1, 2 or 4 to a step.
+        tiles: For decode.py: tiles of four rows of x; else 0.
+        rows: For wide.py: rows of x in a block; else 0.
+        pdl: Programmatic dependent launch (sm_90 on).
+
+    Returns:
+        ``launch(ceil(steps / STEPS), M, stream, x, order, digits, sums, M, K, steps, stride_xm)``, which writes what
+        belongs to rows of x:
+
+        - x: (M, K), unit stride along K.
+        - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.
+        - digits: for decode.py int32 (steps, tiles, 256); for wide.py (steps, rows, 64).
+        - sums: for decode.py int32 (steps, tiles, 32, 2 * subgroups): the bits of the unit, then minus the sum of each
+          subgroup; for wide.py (steps, 2 * subgroups, rows), the same.
+    """
+    constants = {
+        "ALIGNED": aligned, "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "BLOCK": STEPS, "PDL": pdl
+    }  # fmt: skip
+    pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)
+    return prepare(digits_kernel, device, pointers, 4, constants, num_warps=1, launch_pdl=pdl)

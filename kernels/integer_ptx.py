@@ -1,0 +1,133 @@
+"""PTX of the decode product: words to byte registers, registers times digits of x to fp32 sums. Text only, no Triton.
+
+A register holds codes as unsigned bytes, rows n + 8 of a strip times ``2**shift(bits)`` (`gptq_triton/layout.py`), so a
+mask is all the unpacking there is. The other factor is x in two signed digits to the base 256 (`digits.py`):
+``mma.m16n8k32`` multiplies and adds exactly in int32.
+"""
+
+
+def shift(bits: int) -> int:
+    """The codes of rows n + 8 are multiplied by two to this power in a register."""
+    return bits % 8
+
+
+def words(bits: int) -> int:
+    """Words of a lane, strip and step."""
+    return 2 * bits
+
+
+def load_asm(bits: int, addresses: int = 1) -> tuple[str, str]:
+    """The words of a lane, strip and step, padded to whole vectors: inputs addresses, of which the first counts."""
+    n = words(bits)
+    whole = -(-n // 4) * 4 if addresses > 1 else n
+    # a vector of all lanes, then the next one
+    load = "ld.global.L1::no_allocate.v{}.b32 {{{}}}, [{}];"
+    lines = [
+        load.format(4, ", ".join(f"${first + i}" for i in range(4)), f"${whole} + {first * 128}")
+        for first in range(0, n - n % 4, 4)
+    ]
+    if n % 4:  # the lanes of a shorter vector are closer together
+        lines.insert(0, f".reg .b32 l; .reg .b64 p; mov.u32 l, %laneid; mul.wide.u32 p, l, 8; sub.s64 p, ${whole}, p;")
+        lines.append(load.format(2, f"${n - 2}, ${n - 1}", f"p + {(n - 2) * 128}"))
+        lines += [f"mov.b32 ${i}, 0;" for i in range(n, whole)]
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * whole + ["l"] * addresses)
+
+
+def registers_asm(bits: int, *, signed: bool = False) -> tuple[str, str]:
+    """Outputs the 16 registers in the order [s][hb][r8], inputs the words, for a signed product padded to vectors.
+
+    Signed bytes hold less: where codes fill a byte, half the range is subtracted (`meta_asm` does the same to zero points).
+    """
+    lines: list[str] = []
+    temporaries: list[str] = []
+
+    def masked(out: int, word: str, mask: int) -> None:
+        if signed and mask & 0x80:
+            lines.append(f"lop3.b32 ${out}, {word}, {mask * 0x01010101:#010x}, 0x80808080, 0x6a;")
+        else:
+            lines.append(f"and.b32 ${out}, {word}, {mask * 0x01010101:#010x};")
+
+    def moved(word: str, by: int) -> str:
+        name = f"t{len(temporaries)}"
+        temporaries.append(name)
+        lines.append(f"shr.b32 {name}, {word}, {by};")
+        return name
+
+    for s in range(4):
+        for hb in range(2):
+            out = 4 * s + 2 * hb
+            if bits == 8:
+                masked(out, f"${16 + out}", 0xFF)
+                masked(out + 1, f"${17 + out}", 0xFF)
+            elif bits == 4:
+                word = f"${16 + 2 * s + hb}"
+                masked(out, word, 0x0F)
+                masked(out + 1, word, 0xF0)
+            elif bits == 2:
+                word = f"${16 + 2 * (s % 2) + hb}"
+                word = moved(word, 4) if s >= 2 else word
+                masked(out, word, 0x03)
+                masked(out + 1, word, 0x0C)
+            else:
+                A, B, C = (f"${16 + i}" for i in (2 * (s // 2), 2 * (s // 2) + 1, 4 + s // 2))
+                if s % 2 == 0 or hb == 0:
+                    word = C if s % 2 else (A, B)[hb]
+                    masked(out, word, 0x07)
+                    masked(out + 1, word, 0x38)
+                    continue
+                # the eighth pair: two bits from A or B, the lowest from C; that of rows n + 8 three bits higher
+                for r8, (high, by, low) in enumerate(((A, 5, 6), (B, 2, 4))):
+                    masked(out + r8, moved(high, by), 0x06 << 3 * r8)
+                    bit = (1 << 3 * r8) * 0x01010101
+                    lines.append(f"lop3.b32 ${out + r8}, {moved(C, low)}, {bit:#010x}, ${out + r8}, 0xea;")
+    declared = f".reg .b32 {', '.join(temporaries)}; " if temporaries else ""
+    inputs = -(-words(bits) // 4) * 4 if signed else words(bits)
+    return "{ " + declared + "\n".join(lines) + " }", ",".join(["=&r"] * 16 + ["r"] * inputs)
+
+
+def _offset(bits: int, r8: int) -> int:
+    """What a signed register holds less than an unsigned one, in codes."""
+    return {8: 128, 4: 8 * r8}.get(bits, 0)
+
+
+def meta_asm(bits: int, r8: int, scales_bf16: bool, *, signed: bool = False) -> tuple[str, str]:
+    """Outputs the scale as fp32 and the zero point, multiplied as the codes of these rows are; input a word of meta."""
+    scale = "and.b32 $0, $2, 0xffff0000;" if scales_bf16 else "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, h; }"
+    zero = "and.b32 $1, $2, 0xffff;"
+    if signed and _offset(bits, r8):
+        zero += f" sub.s32 $1, $1, {_offset(bits, r8)};"
+    if r8 and shift(bits):
+        zero += f" shl.b32 $1, $1, {shift(bits)};"
+    return f"{scale} {zero}", "=&f,=&r,r"
+
+
+def product_asm(subgroups: int) -> tuple[str, str]:
+    """Sums of one step, strip and tile of four rows of x, added to the accumulators of rows n and n + 8.
+
+    Outputs two fp32 accumulators. Inputs, in this order: 16 registers [s][hb][r8]; 8 words of digits [s][hb]; for each
+    subgroup the scales of rows n and n + 8, then their zero points, then minus the sum of x over the subgroup; the unit
+    of x; the accumulators.
+    """
+    A, B, rest = 2, 18, 26
+    unit = rest + 5 * subgroups
+    lines = [f"mov.f32 $0, ${unit + 1}; mov.f32 $1, ${unit + 2}; mov.b32 z, 0;"]
+    for u in range(subgroups):
+        scale, zero, total = rest + 5 * u, rest + 5 * u + 2, rest + 5 * u + 4
+        before = "{z, z, z, z}"
+        for s in range(4 * u // subgroups, 4 * (u + 1) // subgroups):
+            a = ", ".join(f"${A + 4 * s + i}" for i in range(4))
+            lines.append(
+                "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {c0, c1, c2, c3}, "
+                f"{{{a}}}, {{${B + 2 * s}, ${B + 2 * s + 1}}}, {before};"
+            )
+            before = "{c0, c1, c2, c3}"
+        for r8, (high, low) in enumerate((("c0", "c1"), ("c2", "c3"))):
+            lines += [
+                f"mad.lo.s32 {low}, {high}, 256, {low};",
+                f"mad.lo.s32 {low}, ${zero + r8}, ${total}, {low};",
+                f"cvt.rn.f32.s32 f, {low};",
+                f"mul.f32 g, ${scale + r8}, ${unit};",
+                f"fma.rn.f32 ${r8}, f, g, ${r8};",
+            ]
+    kinds = ["r"] * 24 + ["f", "f", "r", "r", "r"] * subgroups + ["f"] * 3
+    return "{ .reg .b32 z, c0, c1, c2, c3; .reg .f32 f, g;\n" + "\n".join(lines) + " }", ",".join(["=&f"] * 2 + kinds)

@@ -1,0 +1,46 @@
+"""Kernels compiled for given constants, then launched without the look-ups of Triton's JIT.
+
+The JIT types and hashes every argument of every launch: about 50 us for a Gluon kernel, and a user without CUDA graphs
+waits for it. Kernels that are launched here specialize on no argument, so constants and dtypes tell which one is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Launch = Callable[..., None]
+
+
+def prepare(
+    kernel: Any,
+    device: int,
+    pointers: tuple[torch.dtype | None, ...],
+    integers: int,
+    constants: dict[str, Any],
+    **options: Any,
+) -> Launch:
+    """Compile for a device.
+
+    Args:
+        kernel: A jitted function whose parameters are pointers, then 32-bit integers, then constants.
+        device: Index of the GPU.
+        pointers: What each points to; None where a tensor is absent.
+        integers: How many follow.
+        constants: By name.
+        options: Of the launch: num_warps, num_stages, launch_pdl.
+
+    Returns:
+        ``launch(grid_x, grid_y, stream, *pointers, *integers)``; a pointer is an address, or None.
+    """
+    with torch.cuda.device(device):
+        binary = kernel.warmup(*pointers, *[3] * integers, **constants, **options, grid=(1,))
+        run, function, metadata = binary.run, binary.function, binary.packed_metadata
+    rest = (None,) * len(constants)  # constants have their places among the arguments, and are not read
+
+    def launch(grid_x: int, grid_y: int, stream: int, *arguments: int | None) -> None:
+        run(grid_x, grid_y, 1, stream, function, metadata, None, None, None, *arguments, *rest)
+
+    return launch

@@ -1,0 +1,119 @@
+"""PTX that makes A operands of the words of kernel tiles: ``code - zero``, exactly. Text only, no Triton.
+
+A word holds the same bit fields of four codes, a code a byte (README.md). Bytes 0 and 2, or 1 and 3, are the two
+halves of a register as tensor cores take it, so nothing has to move: one LOP3 leaves a field in each half below an
+exponent that makes the field's lowest bit worth 1, and the half reads ``magic + code``. Subtracting ``magic + zero``
+leaves ``code - zero``. float16 has room for eight bits below its exponent, bfloat16 for seven.
+"""
+
+import functools
+import struct
+
+
+@functools.cache
+def unpack_ptx(bits: int, bf16: bool) -> tuple[str, str]:
+    """PTX that turns a word (3 bits: words A, B and C) into ``code - zero``.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        bf16: Whether the halves are bfloat16, not float16.
+
+    Returns:
+        Text and constraints of an inline assembly. Outputs: 16-bit registers [field][i1][i0], fields [s][hb][r8] as far
+        as they share the word or words. Inputs: those, then the words of meta of those [s][r8] (8 bits: of r8).
+    """
+    ptx = _Ptx(bf16)
+    fields = 8 if bits == 3 else 8 // bits
+    words, metas = (3, 4) if bits == 3 else (1, fields)
+    outputs = 4 * fields
+    inputs = [f"${outputs + i}" for i in range(words + metas)]
+    halves = []
+    for start in (0, 8):  # i1
+        if bits == 8:
+            halves.append([ptx.byte(inputs[0], start, inputs[1])])
+        elif bits != 3:
+            halves.append([ptx.field(inputs[0], start, bits * i, bits, inputs[1 + i]) for i in range(fields)])
+        else:
+            a, b, c = inputs[:3]
+            meta = inputs[3:5] * 2 + inputs[5:7] * 2  # of register r
+            low = [ptx.field(inputs[r // 2], start, 3 * (r % 2), 3, meta[r]) for r in range(6)]
+            halves.append([*low, ptx.split_field(a, c, start, 6, meta[6]), ptx.split_field(b, c, start, 7, meta[7])])
+    pairs = [pair for both in zip(*halves, strict=True) for pair in both]
+    moves = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};" for i, pair in enumerate(pairs)]
+    return ptx.text(moves), ",".join(["=h"] * outputs + ["r"] * len(inputs))
+
+
+class _Ptx:
+    """Instructions under construction: each operation returns the register of its result; equal ones are one."""
+
+    def __init__(self, bf16: bool):
+        self.bf16 = bf16
+        self.digits = 7 if bf16 else 10  # below the leading one
+        self.registers: dict[tuple[str, ...], str] = {}
+
+    def text(self, moves: list[str]) -> str:
+        """The whole; ``moves`` are last, so that no output is written before an input is read."""
+        body = [f"{op} {name}, {', '.join(rest)};" for (op, *rest), name in self.registers.items()]
+        return "\n".join(["{", f".reg .b32 t<{len(self.registers)}>;", *body, *moves, "}"])
+
+    def emit(self, operation: str, *operands: str | int) -> str:
+        key = (operation, *(v if isinstance(v, str) else f"{v:#x}" for v in operands))
+        return self.registers.setdefault(key, f"t{len(self.registers)}")
+
+    def both(self, value: float) -> int:
+        """A number in both halves."""
+        fp32, fp16 = struct.pack(">f", value), struct.pack(">e", value)
+        return int.from_bytes((fp32 if self.bf16 else fp16)[:2], "big") * 0x10001
+
+    def shift(self, word: str, amount: int) -> str:
+        return self.emit("shr.b32", word, amount) if amount else word
+
+    def select(self, word: str, mask: int, under: str | int) -> str:
+        return self.emit("lop3.b32", word, mask * 0x10001, under, 0xEA)  # word & mask | under
+
+    def constant(self, value: float) -> str:
+        return self.emit("mov.b32", self.both(value))
+
+    def plus(self, a: str, b: str) -> str:
+        if self.bf16:  # add.bf16x2 needs sm_90
+            return self.emit("fma.rn.bf16x2", a, self.constant(1), b)
+        return self.emit("add.f16x2", a, b)
+
+    def minus(self, a: str, b: str) -> str:
+        if self.bf16:
+            return self.emit("fma.rn.bf16x2", b, self.constant(-1), a)
+        return self.emit("sub.f16x2", a, b)
+
+    def minus_zero(self, value: str, low: int, meta: str) -> str:
+        """``value`` less its magic and the zero point, the lowest byte of ``meta``."""
+        top, magic = 2.0**self.digits, 2.0 ** (self.digits - low)
+        zero = self.emit("prmt.b32", meta, self.both(top) >> 8 & 0xFF, "0x4040")  # top + zero
+        return self.minus(value, self.plus(zero, self.constant(magic - top)) if low else zero)
+
+    def place(self, start: int, low: int, bits: int) -> tuple[int, int, int]:
+        """Shift and new lowest bit that bring a field below the exponent; the magic that makes that bit worth 1."""
+        excess = max(0, low + bits - self.digits)
+        return start + excess, low - excess, self.both(2.0 ** (self.digits - low + excess))
+
+    def field(self, word: str, start: int, low: int, bits: int, meta: str) -> str:
+        """Code - zero of bits [start + low, start + low + bits) of each half."""
+        amount, low, magic = self.place(start, low, bits)
+        return self.minus_zero(self.select(self.shift(word, amount), (1 << bits) - 1 << low, magic), low, meta)
+
+    def split_field(self, upper: str, lower: str, start: int, bit: int, meta: str) -> str:
+        """Three bits: bits 6 and 7 of ``upper``, above one of ``lower``."""
+        amount, low, magic = self.place(start, 5, 3)
+        part = self.select(self.shift(upper, amount), 6 << low, magic)
+        return self.minus_zero(self.select(self.shift(lower, start + bit - low), 1 << low, part), low, meta)
+
+    def byte(self, word: str, start: int, meta: str) -> str:
+        """Code - zero of eight bits."""
+        if self.bf16:
+            zero = self.emit("prmt.b32", meta, 0, "0x4040")
+            return self.minus(self.signed(self.shift(word, start)), self.signed(zero))
+        return self.minus_zero(self.emit("prmt.b32", word, 0x64, "0x4341" if start else "0x4240"), 0, meta)
+
+    def signed(self, word: str) -> str:
+        """Eight bits - 128, which bfloat16 holds: 128 + the lower seven, less 256, or 128 where the eighth is set."""
+        upper = self.emit("lop3.b32", word, 0x800080, self.both(-128), 0xAE)  # ~word & mask | magic
+        return self.plus(self.select(word, 0x7F, self.both(128)), upper)

@@ -1,0 +1,314 @@
+"""``y = x @ W + bias`` for 9 to 16 rows of x on Hopper: the decode kernel's arithmetic on warpgroup products. Gluon, sm_90.
+
+    y[m, n] = bias[n] + sum_g scales[g, n] * unit[m, g] * (sum_k codes[k, n] q[m, k] - zeros[g, n] sum_k q[m, k])
+
+As in decode.py, x comes as two signed digits (digits.py) and codes go from memory to registers, a mask for four codes.
+Here the registers are the A operand of ``wgmma.m64nNk32`` and the digits, which all warps share, its B operand in shared
+memory, so the product runs beside the masks and sums of other warps. A program owns 16 * WARPS rows of W and one of several
+ranges of k; partial sums meet in a workspace, where the last program to arrive adds them in a fixed order.
+
+Dispatch picks it for M <= 16 where it beats decode.py, for scales of 16 bits. Source: this project.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# (Gluon's own types are constexprs here and tensors there)
+
+import functools
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from .decode import FENCE, LAUNCH_DEPENDENTS, LOAD2, WAIT_FOR_EARLIER, _barrier, _bits, _do, _linear
+from .integer_ptx import load_asm, meta_asm, registers_asm, shift
+from .launch import Launch, prepare
+
+
+class _Text:
+    """PTX and what depends on the width of the codes, as one constexpr."""
+
+    def __init__(self, bits: int, scales_bf16: bool) -> None:
+        self.key = (bits, scales_bf16)
+        vectors = -(-bits // 2)
+        self.bits = gl.constexpr(bits)
+        self.vectors = (gl.int32,) * vectors
+        self.registers_types = (gl.int8,) * 16
+        self.higher = gl.constexpr(2.0 ** -shift(bits))
+        for name, (asm, constraints) in {
+            "load": load_asm(bits, addresses=4),
+            "registers": registers_asm(bits, signed=True),
+            "meta0": meta_asm(bits, 0, scales_bf16, signed=True),
+            "meta1": meta_asm(bits, 1, scales_bf16, signed=True),
+        }.items():
+            setattr(self, name, gl.constexpr(asm))
+            setattr(self, name + "_constraints", gl.constexpr(constraints))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Text) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"_Text{self.key}"
+
+
+@gluon.jit
+def _load_words(ptrs, T: gl.constexpr):
+    """The words of a strip and step: vectors of four, [S, 32, 4] each."""
+    return gl.inline_asm_elementwise(T.load, T.load_constraints, (ptrs,), dtype=T.vectors, is_pure=False, pack=4)
+
+
+@gluon.jit
+def _load_meta(ptr, step, last, strips, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr):
+    """For each subgroup of a step the meta words of rows n and n + 8, [S, 8] each."""
+    meta = ()
+    for u in gl.static_range(SUBGROUPS):
+        row = gl.minimum(step, last) * SUBGROUPS + u if SUBGROUPS > 1 else gl.minimum(step, last) // GROUP_STEPS
+        meta = meta + gl.inline_asm_elementwise(
+            LOAD2, "=&r,=&r,l", (ptr + row * strips * 16,), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+        )
+    return meta
+
+
+@gluon.jit
+def _along(t, DIM: gl.constexpr):
+    """[n] to [1, ..., n, ..., 1] of five dimensions."""
+    for d in gl.static_range(5):
+        if d != DIM:
+            t = gl.expand_dims(t, d)
+    return t
+
+
+@gluon.jit
+def _operand(r, U: gl.constexpr, SUBGROUPS: gl.constexpr, S: gl.constexpr, A: gl.constexpr):
+    """The registers of subgroup U, int8 [S, 32, 4] each, as the A operand [16 S, 128 / SUBGROUPS]."""
+    out = r
+    for level in gl.static_range(4 if SUBGROUPS == 1 else 3 if SUBGROUPS == 2 else 2):
+        pairs = ()
+        for i in gl.static_range(8 >> level):
+            pairs = pairs + (gl.join(out[2 * i], out[2 * i + 1]),)
+        out = pairs
+    # strip, g, t, byte, r8, hb, and what of s is within the subgroup
+    if SUBGROUPS == 1:
+        a = out[U].reshape((S, 8, 4, 4, 2, 2, 2, 2)).permute((0, 4, 1, 7, 6, 5, 2, 3))
+    elif SUBGROUPS == 2:
+        a = out[U].reshape((S, 8, 4, 4, 2, 2, 2)).permute((0, 4, 1, 6, 5, 2, 3))
+    else:
+        a = out[U].reshape((S, 8, 4, 4, 2, 2)).permute((0, 4, 1, 5, 2, 3))
+    return gl.convert_layout(a.reshape((16 * S, 128 // SUBGROUPS)), A, assert_trivial=True)
+
+
+@gluon.jit
+def _rows_of_x(plane, ZL: gl.constexpr, P: gl.constexpr):
+    """A number for each row of x, [1, 16], to [1, 1, 4, 4, 1] where sums of these rows are."""
+    t = plane.load(ZL).reshape((4, 4))
+    t = gl.convert_layout(t, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(4, P))), assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 0), 1), 4)
+
+
+@gluon.jit
+def _rows_of_w(v0, v1, P: gl.constexpr):
+    """Numbers for rows n and n + 8, [S, 8] each, to [S, 8, 1, 1, 2]."""
+    t = gl.convert_layout(gl.join(v0, v1), gl.SliceLayout(2, gl.SliceLayout(3, P)), assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(t, 2), 3)
+
+
+@gluon.jit
+def _step(
+    acc, q, meta, digits, sums, T: gl.constexpr, SUBGROUPS: gl.constexpr, WARPS: gl.constexpr, ZL: gl.constexpr
+):  # fmt: skip
+    """acc + scale * unit * ((code - zero) . q) over 128 columns, [S, 8, 4, 4, 2]: strip, g, then row 4 j + t as t, j; r8."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 32, 32])
+    P: gl.constexpr = acc.type.layout
+    COLUMNS: gl.constexpr = 128 // SUBGROUPS
+    r = gl.inline_asm_elementwise(T.registers, T.registers_constraints, q, dtype=T.registers_types, is_pure=True, pack=4)
+    unit = _rows_of_x(sums.slice(0, 1, dim=0), ZL, P).to(gl.float32, bitcast=True)
+    for u in gl.static_range(SUBGROUPS):
+        a = _operand(r, u, SUBGROUPS, WARPS, gl.DotOperandLayout(0, mma, 4))
+        b = digits.slice(COLUMNS * u, COLUMNS, dim=1).permute((1, 0))
+        zero = gl.zeros((16 * WARPS, 32), gl.int32, mma)
+        c = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+        s0, z0 = gl.inline_asm_elementwise(
+            T.meta0, T.meta0_constraints, (meta[2 * u],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
+        )
+        s1, z1 = gl.inline_asm_elementwise(
+            T.meta1, T.meta1_constraints, (meta[2 * u + 1],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
+        )
+        summed = _rows_of_x(sums.slice(1 + u, 1, dim=0), ZL, P)
+        zeros = _rows_of_w(z0, z1, P)
+        scales = _rows_of_w(s0, s1, P)
+        c = warpgroup_mma_wait(0, deps=(c,))
+        high, low = gl.split(c.reshape((WARPS, 2, 8, 4, 4, 2)).permute((0, 2, 4, 3, 1, 5)))
+        high = gl.convert_layout(high, P, assert_trivial=True)
+        low = gl.convert_layout(low, P, assert_trivial=True)
+        acc += (high * 256 + low + zeros * summed).to(gl.float32) * (scales * unit)
+    return acc
+
+
+@gluon.jit(
+    do_not_specialize=["M", "N", "steps", "strips", "stride_ym"],
+    do_not_specialize_on_alignment=["bias_ptr"],
+)
+def wide_kernel(
+    digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr, M, N, steps, strips, stride_ym,
+    T: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr,
+    GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr, ML: gl.constexpr,
+    ZL: gl.constexpr, CL: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """One tile of y, or of a partial sum, a program."""
+    STEP_WORDS: gl.constexpr = 64 * T.bits
+    DIGITS: gl.constexpr = 64 * 16  # words of a step
+    WIDTH: gl.constexpr = 2 * SUBGROUPS * 16
+    if PDL:
+        _do(LAUNCH_DEPENDENTS)
+
+    # Which tile is mine: strips WARPS * pid_n ..., steps lo ... hi
+    pid_n = gl.program_id(0)
+    pid_k = gl.program_id(1)
+    split = gl.num_programs(1)
+    lo = steps * pid_k // split
+    hi = steps * (pid_k + 1) // split
+    last = gl.maximum(hi - 1, 0)
+
+    # First pointers. Loads of W stay inside (clamped, not masked)
+    strip = gl.minimum(pid_n * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L))), strips - 1)
+    strip = gl.expand_dims(gl.expand_dims(strip, 1), 2)
+    lane = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, L))), 0), 2)
+    word = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L))), 0), 1)
+    q_ptrs = words_ptr + strip.to(gl.int64) * (steps * STEP_WORDS) + lane * 4 + word
+    strip_m = gl.minimum(pid_n * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, ML)), strips - 1)
+    m_ptrs = meta_ptr + gl.expand_dims(strip_m, 1) * 16 + gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, ML)), 0) * 2
+    row = gl.arange(0, CHUNK, gl.SliceLayout(1, CL))
+    digit_offs = gl.expand_dims(row, 1) * DIGITS + gl.expand_dims(gl.arange(0, DIGITS, gl.SliceLayout(0, CL)), 0)
+    sum_offs = gl.expand_dims(row, 1) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CL)), 0)
+    ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    digits = gl.allocate_shared_memory(gl.int8, [2 * CHUNK, 32, 128], ROWS)
+    sums = gl.allocate_shared_memory(gl.int32, [2 * CHUNK, 2 * SUBGROUPS, 16], FLAT)
+    digit_chunks = digits._reinterpret(gl.int32, [2, CHUNK, DIGITS], FLAT)
+    sum_chunks = sums._reinterpret(gl.int32, [2, CHUNK, WIDTH], FLAT)
+    q = ()
+    meta = ()
+    step = lo
+    for d in gl.static_range(DEPTH):
+        q = q + (_load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
+        meta = meta + (_load_meta(m_ptrs, step, last, strips, GROUP_STEPS, SUBGROUPS),)
+        step += 1
+    if PDL:
+        _do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
+    present = gl.expand_dims(row + lo < hi, 1)
+    async_copy.async_copy_global_to_shared(digit_chunks.index(0), digits_ptr + lo * DIGITS + digit_offs, mask=present)
+    async_copy.async_copy_global_to_shared(sum_chunks.index(0), sums_ptr + lo * WIDTH + sum_offs, mask=present)
+    async_copy.commit_group()
+    acc = gl.zeros((WARPS, 8, 4, 4, 2), gl.float32, P)
+
+    # The loop over k: chunks of digits, steps
+    side = 0
+    for chunk in range(lo, hi, CHUNK):
+        async_copy.wait_group(0)
+        fence_async_shared()
+        _barrier()
+        first = chunk + CHUNK
+        present = gl.expand_dims(row + first < hi, 1)
+        async_copy.async_copy_global_to_shared(digit_chunks.index(1 - side), digits_ptr + first * DIGITS + digit_offs, mask=present)
+        async_copy.async_copy_global_to_shared(sum_chunks.index(1 - side), sums_ptr + first * WIDTH + sum_offs, mask=present)
+        async_copy.commit_group()
+        fence_async_shared()  # once a chunk, or the compiler adds one to every step
+        _barrier()  # before the first read of the chunk, or the compiler adds one to every step
+        n = gl.minimum(CHUNK, hi - chunk)
+        for i in range(0, n, DEPTH):
+            for d in gl.static_range(DEPTH):
+                if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
+                    stage = side * CHUNK + i + d
+                    acc = _step(acc, q[d], meta[d], digits.index(stage), sums.index(stage), T, SUBGROUPS, WARPS, ZL)
+                q = q[:d] + (_load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
+                meta = meta[:d] + (_load_meta(m_ptrs, step, last, strips, GROUP_STEPS, SUBGROUPS),) + meta[d + 1 :]
+                step += 1
+                _do(FENCE)
+        side = 1 - side
+    async_copy.wait_group(0)
+
+    # Epilogue: the partial sums of all programs in a fixed order
+    OUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, P)))
+    in_s = _along(gl.arange(0, WARPS, gl.SliceLayout(1, OUT)), 0)
+    in_g = _along(gl.arange(0, 8, gl.SliceLayout(0, OUT)), 1)
+    in_t = _along(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, P))))), 2)
+    in_j = _along(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, P))))), 3)
+    in_r = _along(gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, P))))), 4)
+    offs_n = (pid_n * WARPS + in_s) * 16 + 8 * in_r + in_g + 0 * (in_t + in_j)
+    offs_m = 4 * in_j + in_t + 0 * offs_n
+    mine = True
+    y = acc
+    if SPLITS:
+        PARTIAL: gl.constexpr = 256 * WARPS
+        part_ptrs = workspace_ptr + pid_n * PARTIAL + ((in_j * 2 + in_r) * WARPS + in_s) * 32 + in_g * 4 + in_t
+        stride_part = gl.num_programs(0) * PARTIAL
+        gl.store(part_ptrs + pid_k * stride_part, acc)
+        _barrier()
+        mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == split - 1
+        if mine:
+            gl.store(counters_ptr + pid_n, 0)
+            y = gl.load(part_ptrs, cache_modifier=".cg")
+            for j in range(1, split):
+                y += gl.load(part_ptrs + j * stride_part, cache_modifier=".cg")
+    if mine:
+        y = y * gl.where(in_r > 0, T.higher, 1.0)
+        if bias_ptr is not None:
+            y += gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
+        y_ptrs = y_ptr + offs_m.to(gl.int64) * stride_ym + offs_n
+        gl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M) & (offs_n < N))
+
+
+@functools.cache
+def constants(
+    bits: int, scales_bf16: bool, warps: int, depth: int, chunk: int, splits: bool, group_columns: int, pdl: bool
+) -> dict:
+    """The constexpr arguments of the kernel for a plan."""
+    subgroups = max(1, 128 // group_columns)
+    t, g, lanes, strips = _bits(4), _bits(8), _bits(32), _bits(warps)
+    return {
+        "T": _Text(bits, scales_bf16), "WARPS": warps, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
+        "GROUP_STEPS": max(1, group_columns // 128), "SUBGROUPS": subgroups, "PDL": pdl,
+        "L": _linear([[0, 0, 1], [0, 0, 2]], [[0, b, 0] for b in lanes], [[w, 0, 0] for w in strips], [warps, 32, 4]),
+        "ML": _linear([], [[0, 0]] * 2 + [[0, b] for b in g], [[w, 0] for w in strips], [warps, 8]),
+        "ZL": _linear([[0, 1], [0, 2]], [[0, 4 * b] for b in t] + [[0, 0]] * 3, [[0, 0] for _ in strips], [1, 16]),
+        "CL": gl.BlockedLayout([1, 4], [1, 32], [1, warps], [1, 0]),
+        "P": _linear(
+            [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 2, 0]],
+            [[0, 0, b, 0, 0] for b in t] + [[0, b, 0, 0, 0] for b in g],
+            [[w, 0, 0, 0, 0] for w in strips], [warps, 8, 4, 4, 2],
+        ),
+    }  # fmt: skip
+
+
+def prepare_wide(
+    device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
+    warps: int, depth: int, chunk: int, split: int, pdl: bool,
+) -> Launch:  # fmt: skip
+    """Compile for these constants.
+
+    Args:
+        device: Index of the GPU.
+        dtype: Of y: float16, bfloat16 or float32.
+        bias: Its dtype, or None.
+        bits: 2, 3, 4 or 8.
+        scales_bf16: Whether scales are bfloat16, not float16.
+        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
+        warps: Of a program, each with a strip of 16 rows of W: 4, 8 or 16.
+        depth: Steps of words in flight.
+        chunk: Steps of digits staged at a time, a multiple of depth.
+        split: Programs over k.
+        pdl: Programmatic dependent launch.
+
+    Returns:
+        ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps, all_strips,
+        stride_ym)``, with ``programs = ceil(all_strips / warps)``; tensors as
+        `decode.prepare_decode` says, M at most 16, the workspace of split * programs * 256 * warps elements.
+    """
+    names = constants(bits, scales_bf16, warps, depth, chunk, split > 1, group_columns, pdl)
+    meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
+    pointers = (*[torch.int32] * 4, bias, dtype, *meeting)
+    return prepare(wide_kernel, device, pointers, 5, names, num_warps=warps, launch_pdl=pdl)

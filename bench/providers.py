@@ -76,7 +76,14 @@ class Ours(Provider):
     def plan(self, case: Case) -> str | None:
         columns = ONE_GROUP if case.group_size == -1 else case.group_size
         problem = Problem(
-            case.M, -(-case.N // STRIP), -(-case.K // STEP), case.bits, columns, getattr(torch, case.dtype), True, *gpu(0)
+            case.M,
+            -(-case.N // STRIP),
+            -(-case.K // STEP),
+            case.bits,
+            columns,
+            getattr(torch, case.dtype),
+            True,
+            *gpu(0),
         )
         plan = choose(problem, transposed=case.op == "matmul_transposed")
         return " ".join(f"{key}={value}" for key, value in dataclasses.asdict(plan).items())

@@ -114,7 +114,9 @@ Plan = FusedPlan | DequantizePlan
 
 ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
 ROWS_OF_DIGITS = 16
-ROWS_OF_MATMUL = 192  # beyond, W as floats pays off: measured on an H200 between 128 (4096 x 4096) and 400 (8192 x 28672)
+ROWS_OF_MATMUL = (
+    192  # beyond, W as floats pays off: measured on an H200 between 128 (4096 x 4096) and 400 (8192 x 28672)
+)
 SLAB_BYTES = 256 << 20  # of W as floats at a time
 
 
@@ -152,7 +154,7 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
         yield from _matmul(problem)
 
 
-# (strips, warps_n, warps_k, depth, chunk) of the best tiles on an H200, by width of codes; the last one for small layers
+# (strips, warps_n, warps_k, depth, chunk) of the best on an H200, by width of codes; the last is for small layers
 _DECODE = {
     1: {
         2: ((2, 2, 8, 4, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
@@ -198,7 +200,7 @@ def _wide(problem: Problem) -> Iterator[WidePlan]:
 
 def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
     ptx = problem.capability >= 80 and problem.dtype != torch.float32
-    block_m = next(rows for rows in (16, 32, 64) if problem.M <= rows or rows == 64)
+    block_m = next(rows for rows in (16, 32, 64) if rows >= problem.M or rows == 64)
     for block_n, warps, stages, registers, _ in _MATMUL[block_m]:
         if not ptx:  # room for the portable unpacking
             block_m, block_n, stages, registers = min(block_m, 32), 64, 2, None

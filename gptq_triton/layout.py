@@ -27,8 +27,8 @@ sorted by group and every group is padded; ``order`` says which column of x goes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ class TiledWeight:
 
     Attributes:
         words: int32 (strips, steps, 64 * bits): strips = ceil(N / 16), steps = ceil(columns / 128).
-        meta: int32 (groups of columns, whole steps of them, strips * 16), scale bits above the zero point, rows g and g + 8 of a strip
-            adjacent; where scales have 32 bits, the zero point alone.
+        meta: int32 (groups of columns, strips * 16), scale bits above the zero point, rows g and g + 8 of a strip
+            adjacent; where scales have 32 bits, the zero point alone. All groups of the last step are there.
         scales: float32 (groups of columns, strips * 16) in the order of ``meta``, or None when they fit into it.
         order: int32 (steps * 128,), which column of x is multiplied by each column of the tiles, -1 for padding; None
             when it is the identity.
@@ -58,6 +58,7 @@ class TiledWeight:
         N: Out-features.
         dtype: Of the checkpoint's scales.
         checkpoint_format: How the checkpoint stores zero points.
+        launches: Products with this weight that are ready to be launched (`product.py`'s own).
     """
 
     words: Tensor
@@ -70,6 +71,7 @@ class TiledWeight:
     N: int
     dtype: torch.dtype
     checkpoint_format: str = "gptq"
+    launches: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def strips(self) -> int:

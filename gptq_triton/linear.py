@@ -28,7 +28,6 @@ from .packing import (
 from .quantizer import encode
 from .spec import QuantSpec
 
-
 _PACKED = ("qweight", "qzeros", "scales")
 _TILED = ("tile_words", "tile_meta", "tile_scales", "tile_order")
 
@@ -144,6 +143,11 @@ class QuantLinear(nn.Module):
         )
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the scales, however they are held."""
+        return self.scales.dtype if self._tiles is None else self._tiles.dtype
+
+    @property
     def tiles(self) -> TiledWeight | None:
         """The weight in kernel tiles, if the layer holds it so."""
         return self._tiles
@@ -179,13 +183,13 @@ class QuantLinear(nn.Module):
             rows = g_idx.to(torch.int32)
             check_g_idx(rows, self.infeatures, groups)
         rows = rows.to(weight.device)
-        stored = storable(scales.to(weight.device).t(), self.scales.dtype)
+        stored = storable(scales.to(weight.device).t(), self.scale_dtype)
         zeros = zeros.to(weight.device).t()
         wide = torch.promote_types(torch.float32, torch.promote_types(weight.dtype, stored.dtype))
         codes = encode(weight.t().to(wide), stored.to(wide)[rows], zeros.to(wide)[rows], self.spec.maxq)
         packed = pack_weight(codes, stored, zeros, rows, self.spec, self.checkpoint_format)
         bias = getattr(linear, "bias", None)
-        self._adopt(packed, None if bias is None else bias.to(self.scales.dtype, copy=True))
+        self._adopt(packed, None if bias is None else bias.to(self.scale_dtype, copy=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear map, fp32-accumulated.
@@ -200,15 +204,15 @@ class QuantLinear(nn.Module):
             ValueError: The last dimension is not K, or x is on another device.
             TypeError: x is not floating.
         """
+        tiles = self._tiles
+        if tiles is not None and ops.plain(x, tiles, self._buffers["bias"]):
+            return product.product(x, self._buffers["bias"], tiles, self.batch_invariant)
         if x.shape[-1:] != (self.infeatures,):
             raise ValueError(f"x must have {self.infeatures} features, got shape {tuple(x.shape)}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self._tiles is None:
-            weight = self.weight_packed
-        else:
-            # a compiler must see buffers, which are constants to it
-            weight = self._tiled_by_buffers() if torch.compiler.is_compiling() else self._tiles
+        # a compiler must see buffers, which are constants to it
+        weight = self.weight_packed if tiles is None else self._tiled_by_buffers()
         y = ops.matmul(x.reshape(-1, self.infeatures), weight, self.bias, batch_invariant=self.batch_invariant)
         return y.view(*x.shape[:-1], self.outfeatures)
 
@@ -345,6 +349,18 @@ class QuantLinear(nn.Module):
         if not weight.qzeros.is_meta:
             weight = dataclasses.replace(weight, checkpoint_format=symmetric_format(weight) or self.checkpoint_format)
         return weight, bias
+
+
+def prepare(module: nn.Module) -> nn.Module:
+    """Hold the weight of every quantized layer that is on a GPU as kernel tiles, in place.
+
+    Moving, packing and loading do so by themselves; this is for layers whose tensors were put on a GPU one by one.
+    Until then their products go through the reference.
+    """
+    for layer in module.modules():
+        if isinstance(layer, QuantLinear):
+            layer.prepare()
+    return module
 
 
 def make_quant(

@@ -1,8 +1,8 @@
 """``x @ W`` and ``dy @ W.T`` as torch operators: reference or kernels, gradients, fakes.
 
-A packed weight (checkpoint form) is multiplied by the reference on any device; a tiled weight by the kernels of its GPU.
-All operators are opaque to torch.compile, so the choice of a kernel may depend on M without a recompilation, and an
-operator and its transpose are each other's derivative. Importing this module touches no GPU and no kernel.
+A packed weight (checkpoint form) is multiplied by the reference on any device, a tiled weight by the kernels of its
+GPU. All operators are opaque to torch.compile, so the choice of a kernel may depend on M without a recompilation, and
+an operator and its transpose are each other's derivative. Importing this module touches no GPU and no kernel.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _TILED = (
     "Tensor words, Tensor meta, Tensor? scales, Tensor? order, "
     "int bits, int group_columns, SymInt K, SymInt N, ScalarType dtype, bool batch_invariant"
 )
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # define and impl cost less per call than torch.library.custom_op: 9 against 12 us on one CPU
 _library = torch.library.Library("gptq_triton", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -48,7 +49,7 @@ def matmul(
         x: (M, K), float16, bfloat16 or float32 (float64 too on the CPU), any strides.
         weight: On the device of x. Tiled, it is multiplied by kernels; packed, by the reference.
         bias: (N,), floating, or None.
-        batch_invariant: On a GPU, tiled: a row of the result has the same bits whatever M is and whatever other rows hold.
+        batch_invariant: On a GPU, tiled: a row of the result has the same bits whatever M is and other rows hold.
 
     Returns:
         (M, N), the dtype of x.
@@ -67,7 +68,7 @@ def matmul(
         if bias.device != x.device:
             raise ValueError(f"bias must be on the device of x, {x.device}, got {bias.device}")
     if isinstance(weight, TiledWeight):
-        if _plain(x, bias):
+        if plain(x, weight, bias):
             return product(x, bias, weight, batch_invariant)
         return torch.ops.gptq_triton.tiled_matmul.default(x, bias, *_tiled_parts(weight), batch_invariant)
     return torch.ops.gptq_triton.matmul.default(x, bias, *_parts(weight))
@@ -96,13 +97,17 @@ def matmul_transposed(dy: Tensor, weight: PackedWeight | TiledWeight) -> Tensor:
     return torch.ops.gptq_triton.matmul_transposed.default(dy, *_parts(weight))
 
 
-def _plain(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing listens to operators, so that the kernels may be launched without the dispatcher's overhead."""
+def plain(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> bool:
+    """Whether kernels may be launched without the dispatcher's overhead: good inputs on a GPU, and nothing listens."""
     return (
-        type(x) is Tensor
-        and x.is_cuda
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.dtype in _KERNEL_DTYPES
+        and x.dim() > 0
+        and x.size(-1) == weight.K
+        and x.get_device() == weight.words.get_device() >= 0
         and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch.is_autocast_enabled("cuda")
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
@@ -171,7 +176,7 @@ def _tiled_whole(
 def _check_rows(field: str, x: Tensor, features: int) -> None:
     if x.dim() != 2 or x.shape[1] != features:
         raise ValueError(f"{field} must have shape (M, {features}), got {tuple(x.shape)}")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if x.dtype not in _KERNEL_DTYPES:
         if x.dtype != torch.float64:
             raise TypeError(f"{field} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.device.type != "cpu":
@@ -231,7 +236,9 @@ def _save(ctx: Any, parts: Sequence[Any]) -> None:
     ctx.numbers = parts[4:]
 
 
-def _derive(forward: Any, transposed: Any) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., None], Callable[..., Any]]:
+def _derive(
+    forward: Any, transposed: Any
+) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., None], Callable[..., Any]]:
     """Set-up and backward of an operator, then of its transpose."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

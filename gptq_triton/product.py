@@ -3,107 +3,83 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import dispatch, tables
-from .dispatch import DecodePlan, DequantizePlan, FusedPlan, MatmulPlan, Problem, WidePlan
+from .dispatch import DecodePlan, DequantizePlan, MatmulPlan, Plan, Problem, WidePlan
 from .layout import STEP, STRIP, TiledWeight
 
 
 def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant: bool = False) -> Tensor:
-    """``x @ W + bias``, as `ops.matmul` says, without gradients."""
-    M, N = x.shape[0], weight.N
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    """``x @ W + bias``, as `ops.matmul` says, for x (..., K), without gradients."""
+    K = weight.K
+    y = x.new_empty((*x.shape[:-1], weight.N))
+    M = x.numel() // K
     if M == 0:
         return y
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    rows = min(M, dispatch.ROWS_OF_DECODE) if batch_invariant else M
+    if not x.is_contiguous():
+        x = x.reshape(M, K)
+        x = x if x.stride(1) == 1 else x.contiguous()
+    stride = x.stride(-2) if x.dim() == 2 else K
+    rows = dispatch.ROWS_OF_DECODE if batch_invariant else M
+    if rows >= M:
+        _launch(weight, M, stride, x, bias, batch_invariant)(x, stride, y)
+        return y
+    xs, ys = x.view(M, K) if x.dim() != 2 else x, y.view(M, weight.N)
     for first in range(0, M, rows):
-        part = x if rows == M else x[first : first + rows]
-        _multiply(part, bias, weight, y if rows == M else y[first : first + rows], batch_invariant)
+        part = xs[first : first + rows]
+        _launch(weight, len(part), stride, part, bias, True)(part, stride, ys[first : first + rows])
     return y
 
 
-def _multiply(x: Tensor, bias: Tensor | None, weight: TiledWeight, y: Tensor, batch_invariant: bool) -> None:
-    M, K = x.shape
-    stride = x.stride(0)
-    address = x.data_ptr()
-    launch = _launch(
-        M,
-        K,
-        weight.N,
-        weight.words.shape[0],
-        weight.words.shape[1],
-        weight.spec.bits,
-        weight.group_columns,
-        x.dtype,
-        None if bias is None else bias.dtype,
-        weight.dtype,
-        weight.order is not None,
-        address % 16 == 0 and stride % 8 == 0,
-        x.get_device(),
-        batch_invariant,
-    )
-    launch(x, address, bias, weight, y)
+_MOST_LAUNCHES = 4096  # of a weight: one for each number of rows
+
+Launch = Callable[[Tensor, int, Tensor], None]  # x, contiguous but for its row stride; that stride; contiguous y
 
 
-@dataclass(frozen=True)
-class Operands:
-    """What the tensors of a product are, as far as a compiled launch depends on it.
-
-    Attributes:
-        K: Columns of x.
-        N: Columns of y.
-        bias: Dtype of the bias, or None.
-        scales_bf16: Whether scales are bfloat16, not float16.
-        ordered: Whether the weight has an order.
-        aligned: Whether rows of x start at multiples of 16 bytes.
-    """
-
-    K: int
-    N: int
-    bias: torch.dtype | None
-    scales_bf16: bool
-    ordered: bool
-    aligned: bool
+def _launch(weight: TiledWeight, M: int, stride: int, x: Tensor, bias: Tensor | None, batch_invariant: bool) -> Launch:
+    """Everything about a product that the values of x do not change, made once."""
+    aligned = x.data_ptr() % 16 == 0 and stride % 8 == 0
+    # a weight's own, so that a warm call looks up little
+    key = (M, x.dtype, aligned, batch_invariant, None if bias is None else (bias.dtype, bias.data_ptr()))
+    launch = weight.launches.get(key)
+    if launch is None:
+        if len(weight.launches) >= _MOST_LAUNCHES:
+            weight.launches.clear()
+        problem = problem_of(M, x.dtype, x.get_device(), weight)
+        plan = None if batch_invariant else tables.lookup(gpu_name(x.get_device()), problem)
+        plan = plan or dispatch.choose(problem, batch_invariant=batch_invariant)
+        launch = weight.launches[key] = prepare_launch(problem, plan, weight, bias, aligned, x.get_device())
+    return launch
 
 
-Launch = Callable[[Tensor, int, "Tensor | None", TiledWeight, Tensor], None]  # x and its address, bias, weight, y
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _launch(
-    M: int,
-    K: int,
-    N: int,
-    strips: int,
-    steps: int,
-    bits: int,
-    group_columns: int,
-    dtype: torch.dtype,
-    bias: torch.dtype | None,
-    scales: torch.dtype,
-    ordered: bool,
-    aligned: bool,
-    device: int,
-    batch_invariant: bool,
+def prepare_launch(
+    problem: Problem, plan: Plan, weight: TiledWeight, bias: Tensor | None, aligned: bool, device: int
 ) -> Launch:
-    """Everything about a product that its values do not change."""
-    problem = Problem(M, strips, steps, bits, group_columns, dtype, scales != torch.float32, *gpu(device))
-    plan = None if batch_invariant else tables.lookup(gpu_name(device), problem)
-    plan = plan or dispatch.choose(problem, batch_invariant=batch_invariant)
-    operands = Operands(K, N, bias, scales == torch.bfloat16, ordered, aligned)
+    """Bind a plan to a weight, compiled, for the current stream of a device.
+
+    Args:
+        problem: What the plan is for.
+        plan: Any that fits the problem.
+        weight: The weight.
+        bias: (N,), or None.
+        aligned: Whether rows of x start at multiples of 16 bytes.
+        device: Index of the GPU.
+    """
     if isinstance(plan, DequantizePlan):
-        launch = functools.partial(_by_floats, plan, problem)
+        launch = functools.partial(_by_floats, problem, plan, weight, bias)
+    elif isinstance(plan, MatmulPlan):
+        launch = functools.partial(_matmul, problem, plan, weight, bias, device)
     else:
-        launch = prepare_launch(problem, plan, operands, device)
+        launch = _by_digits(problem, plan, weight, bias, aligned, device)
     if torch.cuda.device_count() == 1:
         return launch
 
@@ -114,102 +90,97 @@ def _launch(
     return guarded
 
 
-def forget() -> None:
-    """Choose plans anew: the tables have changed."""
-    _launch.cache_clear()
-
-
-def prepare_launch(problem: Problem, plan: FusedPlan, operands: Operands, device: int) -> Launch:
-    """Compile a plan for the current stream of a device."""
-    if isinstance(plan, MatmulPlan):
-        return functools.partial(_matmul, plan, problem, device)
-    from .kernels.decode import prepare_decode
-    from .kernels.digits import STEPS, prepare_digits
-    from .kernels.wide import prepare_wide
-
-    M, strips, steps, split = problem.M, problem.strips, problem.steps, plan.split
-    K, subgroups, pdl = operands.K, max(1, 128 // problem.group_columns), problem.capability >= 90
-    prepare = prepare_wide if isinstance(plan, WidePlan) else prepare_decode
-    multiply = prepare(
+def _by_digits(
+    problem: Problem,
+    plan: DecodePlan | WidePlan,
+    weight: TiledWeight,
+    bias: Tensor | None,
+    aligned: bool,
+    device: int,
+) -> Launch:
+    digits_module = _kernels("digits")
+    M, K, N = problem.M, weight.K, weight.N
+    strips, steps, split = problem.strips, problem.steps, plan.split
+    subgroups, pdl = max(1, 128 // problem.group_columns), problem.capability >= 90
+    wide = isinstance(plan, WidePlan)
+    multiply = (_kernels("wide").prepare_wide if wide else _kernels("decode").prepare_decode)(
         device,
         problem.dtype,
-        operands.bias,
+        None if bias is None else bias.dtype,
         bits=problem.bits,
-        scales_bf16=operands.scales_bf16,
+        scales_bf16=weight.dtype == torch.bfloat16,
         group_columns=problem.group_columns,
         pdl=pdl,
         **asdict(plan),
     )
-    rows = 16 if isinstance(plan, WidePlan) else 4 * plan.tiles
-    digits_of_x = prepare_digits(
+    rows = 16 if wide else 4 * plan.tiles
+    digits_of_x = digits_module.prepare_digits(
         device,
         problem.dtype,
-        ordered=operands.ordered,
-        aligned=operands.aligned,
+        ordered=weight.order is not None,
+        aligned=aligned,
         subgroups=subgroups,
-        tiles=0 if isinstance(plan, WidePlan) else plan.tiles,
-        rows=rows if isinstance(plan, WidePlan) else 0,
+        tiles=0 if wide else plan.tiles,
+        rows=rows if wide else 0,
         pdl=pdl,
     )
     programs = -(-strips // plan.strips_of_program)
     # one piece of memory, in words: digits, sums, workspace
     digit_words = steps * rows * 64
-    sum_words = steps * 2 * subgroups * (rows if isinstance(plan, WidePlan) else 8 * rows)
-    partial_words = split * programs * 16 * plan.strips_of_program * rows if split > 1 else 0
-    words = digit_words + sum_words + partial_words
-    grid = -(-steps // STEPS)
+    sum_words = steps * 2 * subgroups * (rows if wide else 8 * rows)
+    words = digit_words + sum_words
+    if split > 1:
+        words += split * programs * 16 * plan.strips_of_program * rows
+    counters = programs if split > 1 else 0
+    grid = -(-steps // digits_module.STEPS)
+    order, bias_address = (None if t is None else t.data_ptr() for t in (weight.order, bias))
+    tile_words, tile_meta = weight.words.data_ptr(), weight.meta.data_ptr()
     scratch = _scratch(device)
 
-    def launch(x: Tensor, address: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
+    def launch(x: Tensor, stride: int, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
-        order = weight.order
         with scratch.lock:  # the two launches belong together
-            memory, counters = scratch.get(stream, words, programs)
-            digits = memory.data_ptr()
+            digits, zeros = scratch.get(stream, words, counters)
             sums = digits + 4 * digit_words
-            digits_of_x(
-                grid, M, stream,
-                address, None if order is None else order.data_ptr(), digits, sums, M, K, steps, x.stride(0),
-            )  # fmt: skip
+            digits_of_x(grid, M, stream, x.data_ptr(), order, digits, sums, M, K, steps, stride)
             multiply(
                 programs, split, stream,
-                digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(),
-                None if bias is None else bias.data_ptr(), y.data_ptr(),
-                sums + 4 * sum_words if split > 1 else None, counters.data_ptr() if split > 1 else None,
-                M, operands.N, steps, strips, y.stride(0),
+                digits, sums, tile_words, tile_meta, bias_address, y.data_ptr(),
+                sums + 4 * sum_words if split > 1 else None, zeros if split > 1 else None,
+                M, N, steps, strips, N,
             )  # fmt: skip
 
     return launch
 
 
 def _matmul(
-    plan: MatmulPlan,
     problem: Problem,
+    plan: MatmulPlan,
+    weight: TiledWeight,
+    bias: Tensor | None,
     device: int,
     x: Tensor,
-    address: int,
-    bias: Tensor | None,
-    weight: TiledWeight,
+    stride: int,
     y: Tensor,
 ) -> None:
-    from .kernels.matmul import matmul
-
-    x = _in_order(x, weight)
-    programs = -(-len(x) // plan.block_m) * -(-problem.strips // plan.strips_of_program)
+    M, programs = problem.M, -(-problem.strips // plan.strips_of_program) * -(-problem.M // plan.block_m)
+    x = _in_order(x.view(M, weight.K) if x.dim() != 2 else x, weight)
     scratch = _scratch(device)
     with scratch.lock:
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        memory, counters = scratch.get(stream, plan.split * len(x) * problem.strips * STRIP, programs)
-        workspace = memory.view(torch.float32)
-        matmul(
+        workspace = counters = None
+        if plan.split > 1:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            words, zeros = scratch.tensors(stream, plan.split * M * problem.strips * STRIP, programs)
+            workspace, counters = words.view(torch.float32), zeros
+        _kernels("matmul").matmul(
             x,
             weight.words,
             weight.meta,
             weight.scales,
             bias,
-            y,
-            workspace if plan.split > 1 else None,
-            counters if plan.split > 1 else None,
+            y.view(M, weight.N),
+            workspace,
+            counters,
             bits=problem.bits,
             group_columns=problem.group_columns,
             scales_bf16=weight.dtype == torch.bfloat16,
@@ -218,15 +189,10 @@ def _matmul(
 
 
 def _by_floats(
-    plan: DequantizePlan,
-    problem: Problem,
-    x: Tensor,
-    address: int,
-    bias: Tensor | None,
-    weight: TiledWeight,
-    y: Tensor,
+    problem: Problem, plan: DequantizePlan, weight: TiledWeight, bias: Tensor | None, x: Tensor, stride: int, y: Tensor
 ) -> None:
-    x = _in_order(x, weight)
+    x = _in_order(x.view(problem.M, weight.K) if x.dim() != 2 else x, weight)
+    y = y.view(problem.M, weight.N)
     for first, w in _slabs(plan, problem, weight, x.dtype, x.shape[1]):
         part = y[:, first : first + len(w)]
         if bias is None:
@@ -258,13 +224,11 @@ def _slabs(
     plan: DequantizePlan, problem: Problem, weight: TiledWeight, dtype: torch.dtype, columns: int
 ) -> Iterator[tuple[int, Tensor]]:
     """The first row of each slab of W.T, and the slab, (rows, columns); valid until the next one is asked for."""
-    from .kernels.dequantize import dequantize
-
     rows = plan.strips * STRIP
     memory = torch.empty(min(rows, weight.N), columns, dtype=dtype, device=weight.words.device)
     for first in range(0, weight.N, rows):
         slab = memory[: weight.N - first]
-        dequantize(
+        _kernels("dequantize").dequantize(
             weight.words,
             weight.meta,
             weight.scales,
@@ -282,18 +246,27 @@ def _in_order(x: Tensor, weight: TiledWeight) -> Tensor:
     """x with its columns in the order of the tiles."""
     if weight.order is None:
         return x
-    from .kernels.gather import gather
-
     out = torch.empty(len(x), len(weight.order), dtype=x.dtype, device=x.device)
-    gather(x, weight.order, out)
+    _kernels("gather").gather(x, weight.order, out)
     return out
 
 
 def problem_of(M: int, dtype: torch.dtype, device: int, weight: TiledWeight) -> Problem:
+    """What plans for M rows of x and this weight depend on."""
     half_scales = weight.dtype != torch.float32
     return Problem(
         M, weight.strips, weight.steps, weight.spec.bits, weight.group_columns, dtype, half_scales, *gpu(device)
     )
+
+
+@functools.cache
+def _kernels(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f".kernels.{name}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError("tensors on a GPU need the package triton, which is not installed") from error
 
 
 @functools.cache
@@ -330,7 +303,12 @@ class _Scratch:
         self.used = 0
         self.lock = threading.Lock()
 
-    def get(self, stream: int, words: int, counters: int) -> tuple[Tensor, Tensor]:
+    def get(self, stream: int, words: int, counters: int) -> tuple[int, int]:
+        """The addresses of `tensors`."""
+        memory, zeros = self.tensors(stream, words, counters)
+        return memory.data_ptr(), zeros.data_ptr()
+
+    def tensors(self, stream: int, words: int, counters: int) -> tuple[Tensor, Tensor]:
         """At least so many uninitialized words, and zeroed counters, which the kernel leaves at zero."""
         if torch.cuda.is_current_stream_capturing():
             memory = torch.empty(words, dtype=torch.int32, device=self.device)

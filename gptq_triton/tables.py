@@ -23,18 +23,21 @@ BUCKETS = (4, 8, 16, 32, 64)  # rows of x that share a plan, up to
 
 def case(problem: Problem) -> str:
     """What a measured plan depends on, as tables name it."""
-    rows = next(rows for rows in BUCKETS if problem.M <= rows)
+    rows = next(rows for rows in BUCKETS if rows >= problem.M)
     group = f" g{problem.group_columns}" if problem.group_columns < 128 else ""
     return f"{problem.strips * 16}x{problem.steps * 128} w{problem.bits}{group} m{rows}"
 
 
 def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
     """The measured plan for a case on a GPU, or None: the user's own before the shipped one."""
-    if problem.M > BUCKETS[-1] or not problem.takes_digits:
+    if BUCKETS[-1] < problem.M or not problem.takes_digits:
         return None
     found = _table(gpu).get(case(problem))
-    if found is None:
-        return None
+    return None if found is None else plan_from(found)
+
+
+def plan_from(found: dict[str, int]) -> FusedPlan:
+    """A plan as tables hold it."""
     kind = DecodePlan if "tiles" in found else MatmulPlan if "block_m" in found else WidePlan
     return kind(**cast(dict[str, Any], found))
 
@@ -72,8 +75,13 @@ def _kernels() -> str:
 
 @functools.cache
 def _table(gpu: str) -> dict[str, dict[str, int]]:
-    shipped = resources.files("gptq_triton") / "tuned" / f"{gpu}.json"
-    return (json.loads(shipped.read_text()) if shipped.is_file() else {}) | _read(user_file(gpu))
+    return shipped(gpu) | _read(user_file(gpu))
+
+
+def shipped(gpu: str) -> dict[str, dict[str, int]]:
+    """The table that the package ships for a GPU; empty if there is none."""
+    file = resources.files("gptq_triton") / "tuned" / f"{gpu}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _read(file: Path) -> dict[str, dict[str, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import dispatch, product, tables
 from .dispatch import FusedPlan, Problem
@@ -64,7 +64,8 @@ def tune(
                     say(f"{tables.case(problem)}: {times[fastest]:.2f} us, {fastest}")
     if save:
         tables.save(product.gpu_name(device), best)
-        product.forget()
+        for weight in weights:
+            weight.launches.clear()
     return best
 
 
@@ -79,21 +80,20 @@ def _time(problem: Problem, plan: FusedPlan, copies: list[TiledWeight]) -> float
     weight = copies[0]
     x = torch.randn(problem.M, weight.K, dtype=problem.dtype, device=weight.words.device)
     y = torch.empty(problem.M, weight.N, dtype=problem.dtype, device=weight.words.device)
-    ordered = weight.order is not None
-    operands = product.Operands(weight.K, weight.N, None, weight.dtype == torch.bfloat16, ordered, weight.K % 8 == 0)
     try:
-        launch = product.prepare_launch(problem, plan, operands, x.get_device())
-        calls = [(launch, x, copy, y) for copy in copies] * math.ceil(8 / len(copies))
-        for call in calls[:2]:
-            _run(*call)
+        launches = [
+            product.prepare_launch(problem, plan, copy, None, weight.K % 8 == 0, x.get_device()) for copy in copies
+        ] * math.ceil(8 / len(copies))
+        for launch in launches[:2]:
+            launch(x, weight.K, y)
     except Exception as error:  # Triton has its own class for each resource that a GPU may lack
         if type(error).__name__ not in ("OutOfResources", "PTXASError"):
             raise
         return math.inf
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            _run(*call)
+        for launch in launches:
+            launch(x, weight.K, y)
     graph.replay()
     times = []
     for _ in range(_REPLAYS):
@@ -102,9 +102,5 @@ def _time(problem: Problem, plan: FusedPlan, copies: list[TiledWeight]) -> float
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+        times.append(start.elapsed_time(end) * 1e3 / len(launches))
     return sorted(times)[len(times) // 2]
-
-
-def _run(launch: product.Launch, x: Tensor, weight: TiledWeight, y: Tensor) -> None:
-    launch(x, x.data_ptr(), None, weight, y)

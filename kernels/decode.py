@@ -2,16 +2,17 @@
 
     y[m, n] = bias[n] + sum_g scales[g, n] * unit[m, g] * (sum_k codes[k, n] q[m, k] - zeros[g, n] sum_k q[m, k])
 
-where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. Codes go
-from memory straight to the registers that feed the tensor cores, one mask for four codes (integer_ptx.py); they never
-touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N rows of W and one of several
-ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128 columns). Partial sums meet in
-shared memory, then in a workspace, where the last program to arrive adds them in a fixed order.
+where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. Codes
+go from memory straight to the registers that feed the tensor cores, one mask for four codes (integer_ptx.py); they
+never touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N rows of W and one of
+several ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128 columns). Partial
+sums meet in shared memory, then in a workspace, where the last program to arrive adds them in a fixed order.
 
 Dispatch picks it for M <= 16 and scales of 16 bits. Source: this project.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 # (Gluon's own types are constexprs here and tensors there)
 
 import functools
@@ -21,75 +22,27 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .integer_ptx import load_asm, meta_asm, product_asm, registers_asm, shift, words
+from .common import (
+    FENCE,
+    LAUNCH_DEPENDENTS,
+    WAIT_FOR_EARLIER,
+    Text,
+    barrier,
+    bits_of,
+    do,
+    linear,
+    load_meta,
+    load_words,
+    scales_and_zeros,
+    unpack,
+)
 from .launch import Launch, prepare
-
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
-
-LOAD2 = gl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
-FENCE = gl.constexpr("bar.warp.sync 0xffffffff; // $0")  # memory operations do not cross it; costs one NOP
-LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; // $0")
-WAIT_FOR_EARLIER = gl.constexpr("griddepcontrol.wait; // $0")
-
-
-class _Text:
-    """PTX and what depends on the width of the codes, as one constexpr."""
-
-    def __init__(self, bits: int, scales_bf16: bool, subgroups: int) -> None:
-        self.key = (bits, scales_bf16, subgroups)
-        self.bits = gl.constexpr(bits)
-        self.words = gl.constexpr(words(bits))
-        self.types = (gl.int32,) * words(bits)
-        self.register_types = (gl.int32,) * 16
-        self.higher = gl.constexpr(2.0 ** -shift(bits))
-        for name, (asm, constraints) in {
-            "load": load_asm(bits),
-            "registers": registers_asm(bits) if bits != 8 else ("", ""),
-            "meta0": meta_asm(bits, 0, scales_bf16),
-            "meta1": meta_asm(bits, 1, scales_bf16),
-            "product": product_asm(subgroups),
-        }.items():
-            setattr(self, name, gl.constexpr(asm))
-            setattr(self, name + "_constraints", gl.constexpr(constraints))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Text) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __repr__(self) -> str:
-        return f"_Text{self.key}"
-
-
-@gluon.jit
-def _do(ASM: gl.constexpr):
-    gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_words(ptrs, T: gl.constexpr):
-    """The words of a strip and step, one tensor for each of a lane's."""
-    return gl.inline_asm_elementwise(T.load, T.load_constraints, [ptrs], dtype=T.types, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_meta(ptr, step, last, strips, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr):
-    """For each subgroup of a step the meta words of rows n and n + 8."""
-    meta = ()
-    for u in gl.static_range(SUBGROUPS):
-        row = gl.minimum(step, last) * SUBGROUPS + u if SUBGROUPS > 1 else gl.minimum(step, last) // GROUP_STEPS
-        meta = meta + gl.inline_asm_elementwise(
-            LOAD2, "=&r,=&r,l", [ptr + row * strips * 16], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
-        )
-    return meta
 
 
 @gluon.jit
 def _pieces(t, COUNT: gl.constexpr, WARPS_K: gl.constexpr):
     """[WARPS_K, 32, COUNT] to COUNT tensors [WARPS_K, 32]."""
     out = (t,)
-    width: gl.constexpr = COUNT
     for level in gl.static_range(COUNT.bit_length() - 1):
         halves = ()
         for i in gl.static_range(1 << level):
@@ -115,20 +68,10 @@ def _step(
 ):  # fmt: skip
     """acc += scale * unit * ((code - zero) . q) over 128 columns."""
     SHAPE: gl.constexpr = q[0].shape
-    a = q
-    if T.bits != 8:
-        a = gl.inline_asm_elementwise(
-            T.registers, T.registers_constraints, q, dtype=T.register_types, is_pure=True, pack=1
-        )
-    groups = ()  # scale, scale, zero, zero of each subgroup
+    a = q if T.as_they_are else unpack(q, T)
+    groups = ()
     for u in gl.static_range(SUBGROUPS):
-        s0, z0 = gl.inline_asm_elementwise(
-            T.meta0, T.meta0_constraints, (meta[2 * u],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
-        )
-        s1, z1 = gl.inline_asm_elementwise(
-            T.meta1, T.meta1_constraints, (meta[2 * u + 1],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
-        )
-        groups = groups + (s0, s1, z0, z1)
+        groups = groups + scales_and_zeros(meta, u, T)
     out = ()
     for tile in gl.static_range(TILES):
         b = digits.slice(2 * tile, 2, dim=1).load(DL)  # [WARPS_K, 2, 128]
@@ -136,7 +79,9 @@ def _step(
         args = a
         for i in gl.static_range(8):
             args = args + (_every_strip(_pieces(b, 8, WARPS_K)[i], L, SHAPE),)
-        total = _pieces(sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 32, 2 * SUBGROUPS)), 2 * SUBGROUPS, WARPS_K)
+        total = _pieces(
+            sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 32, 2 * SUBGROUPS)), 2 * SUBGROUPS, WARPS_K
+        )
         for u in gl.static_range(SUBGROUPS):
             args = args + (groups[4 * u], groups[4 * u + 1], groups[4 * u + 2], groups[4 * u + 3])
             args = args + (_every_strip(total[1 + u], L, SHAPE),)
@@ -153,7 +98,8 @@ def _step(
     do_not_specialize_on_alignment=["bias_ptr"],
 )
 def decode_kernel(
-    digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr, M, N, steps, strips, stride_ym,
+    digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
+    M, N, steps, strips, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
     PDL: gl.constexpr, L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr,
@@ -164,7 +110,7 @@ def decode_kernel(
     WIDTH: gl.constexpr = 64 * SUBGROUPS  # of the sums of a step and tile
     ROWS: gl.constexpr = CHUNK * WARPS_K * TILES
     if PDL:
-        _do(LAUNCH_DEPENDENTS)
+        do(LAUNCH_DEPENDENTS)
 
     # Which tile is mine: strips S * pid_n ..., rounds lo ... hi of WARPS_K steps
     pid_n = gl.program_id(0)
@@ -198,15 +144,19 @@ def decode_kernel(
     q = ()
     meta = ()
     for d in gl.static_range(DEPTH):
-        q = q + (_load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (_load_meta(m_ptrs, step, last, strips, GROUP_STEPS, SUBGROUPS),)
+        q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
+        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
         step += WARPS_K
     if PDL:
-        _do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
+        do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
     first = lo * WARPS_K
     present = gl.expand_dims(row // TILES + first < end, 1)
-    async_copy.async_copy_global_to_shared(digit_chunks.index(0), digits_ptr + first * TILES * 256 + digit_offs, mask=present)
-    async_copy.async_copy_global_to_shared(sum_chunks.index(0), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present)
+    async_copy.async_copy_global_to_shared(
+        digit_chunks.index(0), digits_ptr + first * TILES * 256 + digit_offs, mask=present
+    )
+    async_copy.async_copy_global_to_shared(
+        sum_chunks.index(0), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present
+    )
     async_copy.commit_group()
     acc = ()
     for _ in gl.static_range(2 * TILES):
@@ -216,23 +166,44 @@ def decode_kernel(
     side = 0
     for chunk in range(lo, hi, CHUNK):
         async_copy.wait_group(0)
-        _barrier()
+        barrier()
         first = (chunk + CHUNK) * WARPS_K
         present = gl.expand_dims(row // TILES + first < end, 1)
-        async_copy.async_copy_global_to_shared(digit_chunks.index(1 - side), digits_ptr + first * TILES * 256 + digit_offs, mask=present)
-        async_copy.async_copy_global_to_shared(sum_chunks.index(1 - side), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present)
+        async_copy.async_copy_global_to_shared(
+            digit_chunks.index(1 - side), digits_ptr + first * TILES * 256 + digit_offs, mask=present
+        )
+        async_copy.async_copy_global_to_shared(
+            sum_chunks.index(1 - side), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present
+        )
         async_copy.commit_group()
-        _barrier()  # before the first read of the chunk, or the compiler adds one to every round
+        barrier()  # before the first read of the chunk, or the compiler adds one to every round
         n = gl.minimum(CHUNK, hi - chunk)
         for i in range(0, n, DEPTH):
             for d in gl.static_range(DEPTH):
                 if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
                     stage = side * CHUNK + i + d
-                    acc = _step(acc, q[d], meta[d], digits.index(stage), sums.index(stage), T, TILES, SUBGROUPS, WARPS_K, DL, UL, L)
-                q = q[:d] + (_load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
-                meta = meta[:d] + (_load_meta(m_ptrs, step, last, strips, GROUP_STEPS, SUBGROUPS),) + meta[d + 1 :]
+                    acc = _step(
+                        acc,
+                        q[d],
+                        meta[d],
+                        digits.index(stage),
+                        sums.index(stage),
+                        T,
+                        TILES,
+                        SUBGROUPS,
+                        WARPS_K,
+                        DL,
+                        UL,
+                        L,
+                    )
+                q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
+                meta = (
+                    meta[:d]
+                    + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
+                    + meta[d + 1 :]
+                )
                 step += WARPS_K
-                _do(FENCE)
+                do(FENCE)
         side = 1 - side
     async_copy.wait_group(0)
 
@@ -241,7 +212,7 @@ def decode_kernel(
     for c in gl.static_range(2 * TILES):
         part = acc[c] * T.higher if c % 2 else acc[c]
         partial.index(c).store(part.reshape((WARPS_K, S * 32)))
-    _barrier()
+    barrier()
     offs_j = gl.arange(0, S * 32, gl.SliceLayout(0, YL))
     mine = True
     if SPLITS:
@@ -249,7 +220,7 @@ def decode_kernel(
         split_stride = gl.num_programs(0) * (2 * TILES * S * 32)
         for c in gl.static_range(2 * TILES):
             gl.store(tile_ptr + pid_k * split_stride + c * S * 32, gl.sum(partial.index(c).load(YL), 0))
-        _barrier()
+        barrier()
         mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == split - 1
         if mine:
             gl.store(counters_ptr + pid_n, 0)
@@ -270,36 +241,34 @@ def decode_kernel(
             gl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M) & (offs_n < N))
 
 
-def _linear(registers: list, lanes: list, warps: list, shape: list) -> gl.DistributedLinearLayout:
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
-
-
-def _bits(size: int) -> list[int]:
-    return [1 << i for i in range(size.bit_length() - 1)]
-
-
 @functools.cache
 def constants(
-    bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, splits: bool,
-    group_columns: int, pdl: bool,
+    bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int,
+    splits: bool, group_columns: int, pdl: bool,
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
     subgroups = max(1, 128 // group_columns)
     S = strips * warps_n
     warps = warps_n * warps_k
     # strips go to warps first, then to registers; what does not depend on the strip is the same in those warps
-    here = _bits(S)[: warps_n.bit_length() - 1]
-    rest = _bits(S)[warps_n.bit_length() - 1 :]
+    here = bits_of(S)[: warps_n.bit_length() - 1]
+    rest = bits_of(S)[warps_n.bit_length() - 1 :]
     same = [[0, 0, 0] for _ in here]
-    in_k = [[k, 0, 0] for k in _bits(warps_k)]
+    in_k = [[k, 0, 0] for k in bits_of(warps_k)]
     return {
-        "T": _Text(bits, scales_bf16, subgroups), "TILES": tiles, "STRIPS": strips, "WARPS_N": warps_n,
-        "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits, "GROUP_STEPS": max(1, group_columns // 128),
+        "T": Text(bits, scales_bf16, subgroups, warpgroup=False), "TILES": tiles, "STRIPS": strips, "WARPS_N": warps_n,
+        "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
+        "GROUP_STEPS": max(1, group_columns // 128),
         "SUBGROUPS": subgroups, "PDL": pdl,
-        "L": _linear([[0, s, 0] for s in rest], [[0, 0, b] for b in _bits(32)], [[0, s, 0] for s in here] + in_k, [warps_k, S, 32]),
-        "DL": _linear([[0, 0, 1], [0, 0, 2], [0, 1, 0]], [[0, 0, 4 * b] for b in _bits(32)], same + in_k, [warps_k, 2, 128]),
-        "UL": _linear(
-            [[0, 0, b] for b in _bits(2 * subgroups)], [[0, 0, 2 * subgroups * b] for b in _bits(32)],
+        "L": linear(
+            [[0, s, 0] for s in rest], [[0, 0, b] for b in bits_of(32)], [[0, s, 0] for s in here] + in_k,
+            [warps_k, S, 32],
+        ),
+        "DL": linear(
+            [[0, 0, 1], [0, 0, 2], [0, 1, 0]], [[0, 0, 4 * b] for b in bits_of(32)], same + in_k, [warps_k, 2, 128]
+        ),
+        "UL": linear(
+            [[0, 0, b] for b in bits_of(2 * subgroups)], [[0, 0, 2 * subgroups * b] for b in bits_of(32)],
             same + in_k, [warps_k, 1, 64 * subgroups],
         ),
         "CL": gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]),
@@ -330,8 +299,8 @@ def prepare_decode(
         pdl: Programmatic dependent launch (sm_90 on).
 
     Returns:
-        ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps, all_strips,
-        stride_ym)``, with ``programs = ceil(all_strips / (strips * warps_n))``:
+        ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps,
+        all_strips, stride_ym)``, with ``programs = ceil(all_strips / (strips * warps_n))``:
 
         - digits, sums: as digits.py writes them.
         - words: int32 (all_strips, steps, 64 * bits).

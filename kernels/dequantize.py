@@ -120,3 +120,12 @@ def dequantize(
         STRIPS=num_warps,
         num_warps=num_warps,  # pyright: ignore[reportCallIssue] an option of the launch
     )
+
+
+# What CI compiles ahead of time: types of pointers ("x" is the dtype of out, None a tensor that is absent) and flags
+_TYPES = {"kernel": dequantize_kernel, "words_ptr": "i32", "meta_ptr": "i32", "out_ptr": "x", "STRIPS": 4}
+VARIANTS = (
+    {**_TYPES, "scales_ptr": None, "SPAN": 128},
+    {**_TYPES, "scales_ptr": "fp32", "SPAN": 64},
+    {**_TYPES, "scales_ptr": None, "SPAN": 32},
+)

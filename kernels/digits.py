@@ -1,10 +1,11 @@
 """x as integers: two signed digits to the base 256 for each number, one unit for 128 of them. Plain Triton.
 
-    x[m, k] = unit[m, k // 128] * (256 high[m, k] + low[m, k]) + error,   |error| <= unit / 2 < 2**-15 max |x[m, :]| there
+    x[m, k] = unit[m, k // 128] * (256 high[m, k] + low[m, k]) + error,   |error| <= unit / 2
 
-The unit is the power of two that makes the largest number of the 128 fill 15 bits, so numbers within a factor of 16 of it
-(fp16; bf16: 128) are exact. Digits come in the order in which the decode kernel feeds them to the tensor cores, act-order
-applied. Dispatch runs it before the decode kernel. A number that is not finite makes the unit NaN, hence the row of y.
+The unit is the power of two that makes the largest number of the 128 fill 15 bits, so numbers within a factor of 16 of
+it (bfloat16: 128) are exact. Digits come in the order in which the decode kernel feeds them to the tensor cores,
+act-order applied. Dispatch runs it before the decode kernel. A number that is not finite makes the unit NaN, hence the
+row of y.
 """
 
 import torch
@@ -93,7 +94,7 @@ def digits_kernel(
         ptrs = firsts[:, :, None] + 1 + offs_u[:, None, :]
         tl.store(ptrs, tl.broadcast_to(sums[:, None, :], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
     else:
-        # for wide.py: rows n = 2 m + digit of 128 bytes, their 16-byte pieces (s, hb) swizzled as shared memory wants them
+        # for wide.py: rows n = 2 m + digit of 128 bytes, 16-byte pieces (s, hb) swizzled as in shared memory
         n = 2 * m
         ptrs = digits_ptr + step[:, None, None] * (64 * ROWS) + t
         tl.store(ptrs + n * 32 + (word ^ n % 8) * 4, high_words, mask=mask[:, None, None])

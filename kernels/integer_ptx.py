@@ -36,7 +36,7 @@ def load_asm(bits: int, addresses: int = 1) -> tuple[str, str]:
 def registers_asm(bits: int, *, signed: bool = False) -> tuple[str, str]:
     """Outputs the 16 registers in the order [s][hb][r8], inputs the words, for a signed product padded to vectors.
 
-    Signed bytes hold less: where codes fill a byte, half the range is subtracted (`meta_asm` does the same to zero points).
+    Signed bytes hold less: where codes fill a byte, half the range is subtracted (`meta_asm` does so to zero points).
     """
     lines: list[str] = []
     temporaries: list[str] = []
@@ -92,13 +92,13 @@ def _offset(bits: int, r8: int) -> int:
 
 def meta_asm(bits: int, r8: int, scales_bf16: bool, *, signed: bool = False) -> tuple[str, str]:
     """Outputs the scale as fp32 and the zero point, multiplied as the codes of these rows are; input a word of meta."""
-    scale = "and.b32 $0, $2, 0xffff0000;" if scales_bf16 else "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, h; }"
+    scale = "and.b32 $0, $2, 0xffff0000;" if scales_bf16 else "mov.b32 {l, h}, $2; cvt.f32.f16 $0, h;"
     zero = "and.b32 $1, $2, 0xffff;"
     if signed and _offset(bits, r8):
         zero += f" sub.s32 $1, $1, {_offset(bits, r8)};"
     if r8 and shift(bits):
         zero += f" shl.b32 $1, $1, {shift(bits)};"
-    return f"{scale} {zero}", "=&f,=&r,r"
+    return f"{{ .reg .b16 l, h; {scale} {zero} }}", "=&f,=&r,r"
 
 
 def product_asm(subgroups: int) -> tuple[str, str]:

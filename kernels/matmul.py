@@ -54,6 +54,7 @@ def matmul_kernel(
     CONSTRAINTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One (BLOCK_N, BLOCK_M) tile of y.T, or the part of it that a range of steps adds."""
     # Which tile is mine: neighbours share weights, so these come from L2
@@ -73,8 +74,9 @@ def matmul_kernel(
     plane, since = (first // group_steps).to(tl.int64) * strips * 16, first % group_steps
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
-    # The loop over K: a scale for every SPAN columns, whose product with x is summed apart
-    for step in range(first, last):
+    # The loop over K: a scale for every SPAN columns, whose product with x is summed apart. STAGES is said here, too,
+    # so that scales are loaded ahead like what the product takes
+    for step in tl.range(first, last, num_stages=STAGES):
         k = step * 128
         if SPAN == 128:
             m0, s0 = load_meta(meta_ptr, scales_ptr, plane + offs_meta, SCALES_BF16)
@@ -195,5 +197,22 @@ def matmul(
         CONSTRAINTS=constraints,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        STAGES=num_stages,
         **options,
     )
+
+
+# What CI compiles ahead of time: types of pointers ("x" is the dtype of x, None a tensor that is absent) and flags,
+# each with every plan (block_m, block_n, num_warps, num_stages, max_registers)
+_TYPES = {"kernel": matmul_kernel, "x_ptr": "x", "words_ptr": "i32", "meta_ptr": "i32", "y_ptr": "x"}
+_SPLIT = {"workspace_ptr": "fp32", "counters_ptr": "i32"}
+_WHOLE = {"workspace_ptr": None, "counters_ptr": None}
+VARIANTS = (
+    {**_TYPES, **_SPLIT, "scales_ptr": None, "bias_ptr": None, "SPAN": 128},
+    {**_TYPES, **_SPLIT, "scales_ptr": "fp32", "bias_ptr": "x", "SPAN": 64},
+    {**_TYPES, **_WHOLE, "scales_ptr": None, "bias_ptr": "fp32", "SPAN": 32},
+)
+HOPPER = ((16, 128, 4, 4, 128), (32, 128, 4, 3, 168), (64, 128, 8, 3, 128))
+NVIDIA = ((16, 128, 4, 3, None), (32, 128, 4, 3, None))
+AMD = ((16, 64, 4, 2, None), (64, 64, 4, 2, None))
+FLOAT = ((16, 32, 4, 2, None),)

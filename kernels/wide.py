@@ -1,16 +1,17 @@
-"""``y = x @ W + bias`` for 9 to 16 rows of x on Hopper: the decode kernel's arithmetic on warpgroup products. Gluon, sm_90.
+"""``y = x @ W + bias`` for 9 to 16 rows of x: the decode kernel's arithmetic on warpgroup products. Gluon, sm_90.
 
     y[m, n] = bias[n] + sum_g scales[g, n] * unit[m, g] * (sum_k codes[k, n] q[m, k] - zeros[g, n] sum_k q[m, k])
 
 As in decode.py, x comes as two signed digits (digits.py) and codes go from memory to registers, a mask for four codes.
-Here the registers are the A operand of ``wgmma.m64nNk32`` and the digits, which all warps share, its B operand in shared
-memory, so the product runs beside the masks and sums of other warps. A program owns 16 * WARPS rows of W and one of several
-ranges of k; partial sums meet in a workspace, where the last program to arrive adds them in a fixed order.
+Here the registers are the A operand of ``wgmma.m64n32k32`` and the digits, which all warps share, its B operand in
+shared memory, so the product runs beside the masks and sums of other warps. A program owns 16 * WARPS rows of W and one
+of several ranges of k; partial sums meet in a workspace, where the last program to arrive adds them in a fixed order.
 
 Dispatch picks it for M <= 16 where it beats decode.py, for scales of 16 bits. Source: this project.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 # (Gluon's own types are constexprs here and tensors there)
 
 import functools
@@ -21,56 +22,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .decode import FENCE, LAUNCH_DEPENDENTS, LOAD2, WAIT_FOR_EARLIER, _barrier, _bits, _do, _linear
-from .integer_ptx import load_asm, meta_asm, registers_asm, shift
+from .common import (
+    FENCE,
+    LAUNCH_DEPENDENTS,
+    WAIT_FOR_EARLIER,
+    Text,
+    barrier,
+    bits_of,
+    do,
+    linear,
+    load_meta,
+    load_words,
+    scales_and_zeros,
+    unpack,
+)
 from .launch import Launch, prepare
-
-
-class _Text:
-    """PTX and what depends on the width of the codes, as one constexpr."""
-
-    def __init__(self, bits: int, scales_bf16: bool) -> None:
-        self.key = (bits, scales_bf16)
-        vectors = -(-bits // 2)
-        self.bits = gl.constexpr(bits)
-        self.vectors = (gl.int32,) * vectors
-        self.registers_types = (gl.int8,) * 16
-        self.higher = gl.constexpr(2.0 ** -shift(bits))
-        for name, (asm, constraints) in {
-            "load": load_asm(bits, addresses=4),
-            "registers": registers_asm(bits, signed=True),
-            "meta0": meta_asm(bits, 0, scales_bf16, signed=True),
-            "meta1": meta_asm(bits, 1, scales_bf16, signed=True),
-        }.items():
-            setattr(self, name, gl.constexpr(asm))
-            setattr(self, name + "_constraints", gl.constexpr(constraints))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Text) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __repr__(self) -> str:
-        return f"_Text{self.key}"
-
-
-@gluon.jit
-def _load_words(ptrs, T: gl.constexpr):
-    """The words of a strip and step: vectors of four, [S, 32, 4] each."""
-    return gl.inline_asm_elementwise(T.load, T.load_constraints, (ptrs,), dtype=T.vectors, is_pure=False, pack=4)
-
-
-@gluon.jit
-def _load_meta(ptr, step, last, strips, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr):
-    """For each subgroup of a step the meta words of rows n and n + 8, [S, 8] each."""
-    meta = ()
-    for u in gl.static_range(SUBGROUPS):
-        row = gl.minimum(step, last) * SUBGROUPS + u if SUBGROUPS > 1 else gl.minimum(step, last) // GROUP_STEPS
-        meta = meta + gl.inline_asm_elementwise(
-            LOAD2, "=&r,=&r,l", (ptr + row * strips * 16,), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
-        )
-    return meta
 
 
 @gluon.jit
@@ -120,23 +86,18 @@ def _rows_of_w(v0, v1, P: gl.constexpr):
 def _step(
     acc, q, meta, digits, sums, T: gl.constexpr, SUBGROUPS: gl.constexpr, WARPS: gl.constexpr, ZL: gl.constexpr
 ):  # fmt: skip
-    """acc + scale * unit * ((code - zero) . q) over 128 columns, [S, 8, 4, 4, 2]: strip, g, then row 4 j + t as t, j; r8."""
+    """acc + scale * unit * ((code - zero) . q) over 128 columns: [strip, g, t, j, r8], row 4 j + t of x."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 32, 32])
     P: gl.constexpr = acc.type.layout
     COLUMNS: gl.constexpr = 128 // SUBGROUPS
-    r = gl.inline_asm_elementwise(T.registers, T.registers_constraints, q, dtype=T.registers_types, is_pure=True, pack=4)
+    r = unpack(q, T)
     unit = _rows_of_x(sums.slice(0, 1, dim=0), ZL, P).to(gl.float32, bitcast=True)
     for u in gl.static_range(SUBGROUPS):
         a = _operand(r, u, SUBGROUPS, WARPS, gl.DotOperandLayout(0, mma, 4))
         b = digits.slice(COLUMNS * u, COLUMNS, dim=1).permute((1, 0))
         zero = gl.zeros((16 * WARPS, 32), gl.int32, mma)
         c = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
-        s0, z0 = gl.inline_asm_elementwise(
-            T.meta0, T.meta0_constraints, (meta[2 * u],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
-        )
-        s1, z1 = gl.inline_asm_elementwise(
-            T.meta1, T.meta1_constraints, (meta[2 * u + 1],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
-        )
+        s0, s1, z0, z1 = scales_and_zeros(meta, u, T)
         summed = _rows_of_x(sums.slice(1 + u, 1, dim=0), ZL, P)
         zeros = _rows_of_w(z0, z1, P)
         scales = _rows_of_w(s0, s1, P)
@@ -153,7 +114,8 @@ def _step(
     do_not_specialize_on_alignment=["bias_ptr"],
 )
 def wide_kernel(
-    digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr, M, N, steps, strips, stride_ym,
+    digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
+    M, N, steps, strips, stride_ym,
     T: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr,
     GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr, ML: gl.constexpr,
     ZL: gl.constexpr, CL: gl.constexpr, P: gl.constexpr,
@@ -163,7 +125,7 @@ def wide_kernel(
     DIGITS: gl.constexpr = 64 * 16  # words of a step
     WIDTH: gl.constexpr = 2 * SUBGROUPS * 16
     if PDL:
-        _do(LAUNCH_DEPENDENTS)
+        do(LAUNCH_DEPENDENTS)
 
     # Which tile is mine: strips WARPS * pid_n ..., steps lo ... hi
     pid_n = gl.program_id(0)
@@ -194,11 +156,11 @@ def wide_kernel(
     meta = ()
     step = lo
     for d in gl.static_range(DEPTH):
-        q = q + (_load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (_load_meta(m_ptrs, step, last, strips, GROUP_STEPS, SUBGROUPS),)
+        q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
+        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
         step += 1
     if PDL:
-        _do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
+        do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
     present = gl.expand_dims(row + lo < hi, 1)
     async_copy.async_copy_global_to_shared(digit_chunks.index(0), digits_ptr + lo * DIGITS + digit_offs, mask=present)
     async_copy.async_copy_global_to_shared(sum_chunks.index(0), sums_ptr + lo * WIDTH + sum_offs, mask=present)
@@ -210,24 +172,32 @@ def wide_kernel(
     for chunk in range(lo, hi, CHUNK):
         async_copy.wait_group(0)
         fence_async_shared()
-        _barrier()
+        barrier()
         first = chunk + CHUNK
         present = gl.expand_dims(row + first < hi, 1)
-        async_copy.async_copy_global_to_shared(digit_chunks.index(1 - side), digits_ptr + first * DIGITS + digit_offs, mask=present)
-        async_copy.async_copy_global_to_shared(sum_chunks.index(1 - side), sums_ptr + first * WIDTH + sum_offs, mask=present)
+        async_copy.async_copy_global_to_shared(
+            digit_chunks.index(1 - side), digits_ptr + first * DIGITS + digit_offs, mask=present
+        )
+        async_copy.async_copy_global_to_shared(
+            sum_chunks.index(1 - side), sums_ptr + first * WIDTH + sum_offs, mask=present
+        )
         async_copy.commit_group()
         fence_async_shared()  # once a chunk, or the compiler adds one to every step
-        _barrier()  # before the first read of the chunk, or the compiler adds one to every step
+        barrier()  # before the first read of the chunk, or the compiler adds one to every step
         n = gl.minimum(CHUNK, hi - chunk)
         for i in range(0, n, DEPTH):
             for d in gl.static_range(DEPTH):
                 if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
                     stage = side * CHUNK + i + d
                     acc = _step(acc, q[d], meta[d], digits.index(stage), sums.index(stage), T, SUBGROUPS, WARPS, ZL)
-                q = q[:d] + (_load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
-                meta = meta[:d] + (_load_meta(m_ptrs, step, last, strips, GROUP_STEPS, SUBGROUPS),) + meta[d + 1 :]
+                q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
+                meta = (
+                    meta[:d]
+                    + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
+                    + meta[d + 1 :]
+                )
                 step += 1
-                _do(FENCE)
+                do(FENCE)
         side = 1 - side
     async_copy.wait_group(0)
 
@@ -247,7 +217,7 @@ def wide_kernel(
         part_ptrs = workspace_ptr + pid_n * PARTIAL + ((in_j * 2 + in_r) * WARPS + in_s) * 32 + in_g * 4 + in_t
         stride_part = gl.num_programs(0) * PARTIAL
         gl.store(part_ptrs + pid_k * stride_part, acc)
-        _barrier()
+        barrier()
         mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == split - 1
         if mine:
             gl.store(counters_ptr + pid_n, 0)
@@ -268,15 +238,16 @@ def constants(
 ) -> dict:
     """The constexpr arguments of the kernel for a plan."""
     subgroups = max(1, 128 // group_columns)
-    t, g, lanes, strips = _bits(4), _bits(8), _bits(32), _bits(warps)
+    t, g, lanes, strips = bits_of(4), bits_of(8), bits_of(32), bits_of(warps)
     return {
-        "T": _Text(bits, scales_bf16), "WARPS": warps, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
+        "T": Text(bits, scales_bf16, subgroups, warpgroup=True), "WARPS": warps, "DEPTH": depth,
+        "CHUNK": chunk, "SPLITS": splits,
         "GROUP_STEPS": max(1, group_columns // 128), "SUBGROUPS": subgroups, "PDL": pdl,
-        "L": _linear([[0, 0, 1], [0, 0, 2]], [[0, b, 0] for b in lanes], [[w, 0, 0] for w in strips], [warps, 32, 4]),
-        "ML": _linear([], [[0, 0]] * 2 + [[0, b] for b in g], [[w, 0] for w in strips], [warps, 8]),
-        "ZL": _linear([[0, 1], [0, 2]], [[0, 4 * b] for b in t] + [[0, 0]] * 3, [[0, 0] for _ in strips], [1, 16]),
+        "L": linear([[0, 0, 1], [0, 0, 2]], [[0, b, 0] for b in lanes], [[w, 0, 0] for w in strips], [warps, 32, 4]),
+        "ML": linear([], [[0, 0]] * 2 + [[0, b] for b in g], [[w, 0] for w in strips], [warps, 8]),
+        "ZL": linear([[0, 1], [0, 2]], [[0, 4 * b] for b in t] + [[0, 0]] * 3, [[0, 0] for _ in strips], [1, 16]),
         "CL": gl.BlockedLayout([1, 4], [1, 32], [1, warps], [1, 0]),
-        "P": _linear(
+        "P": linear(
             [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 2, 0]],
             [[0, 0, b, 0, 0] for b in t] + [[0, b, 0, 0, 0] for b in g],
             [[w, 0, 0, 0, 0] for w in strips], [warps, 8, 4, 4, 2],
@@ -304,8 +275,8 @@ def prepare_wide(
         pdl: Programmatic dependent launch.
 
     Returns:
-        ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps, all_strips,
-        stride_ym)``, with ``programs = ceil(all_strips / warps)``; tensors as
+        ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps,
+        all_strips, stride_ym)``, with ``programs = ceil(all_strips / warps)``; tensors as
         `decode.prepare_decode` says, M at most 16, the workspace of split * programs * 256 * warps elements.
     """
     names = constants(bits, scales_bf16, warps, depth, chunk, split > 1, group_columns, pdl)

@@ -3,60 +3,134 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptq_triton.dispatch import Plan, choose
-from gptq_triton.spec import BITS, QuantSpec
+from gptq_triton import tables
+from gptq_triton.dispatch import (
+    DecodePlan,
+    DequantizePlan,
+    MatmulPlan,
+    Problem,
+    WidePlan,
+    candidates,
+    choose,
+    microseconds,
+)
+from gptq_triton.layout import ONE_GROUP
+from gptq_triton.spec import BITS
 
-KERNELS = Path(__file__).parent.parent / "kernels"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes a program may use; 101376 elsewhere
+H200 = Problem(1, 256, 32, 4, 128, torch.float16, True, "sm_90", 132)
 
-sizes = st.integers(1, 2**20)
-specs = st.builds(
-    QuantSpec,
+problems = st.builds(
+    Problem,
+    M=st.integers(1, 300),
+    strips=st.integers(1, 5000),
+    steps=st.integers(1, 400),
     bits=st.sampled_from(BITS),
-    group_size=st.sampled_from((-1, 1, 8, 16, 32, 48, 64, 100, 128, 256)),
-    desc_act=st.booleans(),
+    group_columns=st.sampled_from((32, 64, 128, 256, 512, ONE_GROUP)),
+    dtype=st.sampled_from(DTYPES),
+    half_scales=st.booleans(),
+    arch=st.sampled_from(ARCHS),
+    multiprocessors=st.sampled_from((20, 82, 132, 148)),
 )
 
 
-@given(st.integers(0, 2**20), sizes, sizes, specs, st.sampled_from(DTYPES), st.sampled_from(ARCHS), st.booleans())
-def test_every_plan_can_be_launched(M, N, K, spec, dtype, arch, transposed):
-    plan = choose(M, N, K, spec, dtype, arch, transposed=transposed)
-    assert (KERNELS / f"{plan.kernel}.py").exists()
-    for block in (plan.block_m, plan.block_n, plan.block_k):
-        assert block >= 16
-        assert block & (block - 1) == 0
-    assert plan.num_warps in (1, 2, 4, 8)
-    assert plan.num_stages >= 1
-    assert Plan(**json.loads(json.dumps(asdict(plan)))) == plan
+@given(problems, st.booleans(), st.booleans())
+def test_every_plan_can_be_launched(problem, transposed, batch_invariant):
+    chosen = choose(problem, transposed=transposed, batch_invariant=batch_invariant)
+    assert type(chosen)(**json.loads(json.dumps(asdict(chosen)))) == chosen
+    if transposed:
+        assert isinstance(chosen, DequantizePlan)
+        assert chosen.strips >= 1
+        return
+    for plan in [chosen, *(candidates(problem) if problem.M <= 192 else ())]:
+        if isinstance(plan, DequantizePlan):
+            continue
+        assert 1 <= plan.split <= problem.steps
+        if isinstance(plan, DecodePlan):
+            assert problem.takes_digits
+            assert batch_invariant or 4 * plan.tiles >= problem.M
+            assert plan.chunk % plan.depth == 0
+            assert plan.warps_n * plan.warps_k <= 16
+            per_step = plan.tiles * (1024 + 256 * max(1, 128 // problem.group_columns))
+            used = 2 * plan.chunk * plan.warps_k * per_step
+            used += 256 * plan.tiles * plan.strips * plan.warps_n * plan.warps_k
+            assert used <= SHARED_MEMORY.get(problem.arch, 101376) or plan.chunk == 1
+        elif isinstance(plan, WidePlan):
+            assert problem.arch == "sm_90"
+            assert problem.M <= 16
+            assert plan.chunk % plan.depth == 0
+        else:
+            assert plan.block_n % 64 == 0
+            assert not plan.ptx or (problem.capability >= 80 and problem.dtype != torch.float32)
 
 
-@given(st.integers(1, 5000), specs, st.sampled_from(DTYPES), st.booleans())
-def test_tiles_stay_inside_a_group_where_they_can(M, spec, dtype, transposed):
-    K = 4096
-    rows = spec.rows_per_group(K)
-    plan = choose(M, 4096, K, spec, dtype, "sm_90", transposed=transposed)
-    if not spec.desc_act and rows % 16 == 0:
-        assert rows == K or rows % plan.block_k == 0
+@given(problems)
+def test_a_batch_invariant_plan_sums_in_one_order_for_every_m(problem):
+    plans = [choose(replace(problem, M=M), batch_invariant=True) for M in range(1, 9)]
+    if isinstance(plans[0], DecodePlan):
+        plans = [replace(plan, tiles=1) for plan in plans if isinstance(plan, DecodePlan)]
+    assert len(set(plans)) == 1
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_few_rows_take_small_tiles(dtype, transposed):
-    tiles = [choose(M, 4096, 4096, QuantSpec(4), dtype, "sm_90", transposed=transposed).block_m for M in (1, 16, 17)]
-    assert tiles[0] == tiles[1] == 16
-    assert tiles[2] > 16
+def test_regimes_on_hopper():
+    kinds = [type(choose(replace(H200, M=M))) for M in (1, 8, 17, 64, 192, 193)]
+    assert kinds == [DecodePlan, DecodePlan, MatmulPlan, MatmulPlan, MatmulPlan, DequantizePlan]
+    assert {type(plan) for plan in candidates(replace(H200, M=12))} == {DecodePlan, WidePlan, MatmulPlan}
+
+
+def test_scales_of_32_bits_have_no_digits():
+    assert isinstance(choose(replace(H200, half_scales=False)), MatmulPlan)
+
+
+@pytest.mark.parametrize("M", [1, 8, 16, 64])
+def test_more_weight_takes_longer(M):
+    times = []
+    for strips in (64, 256, 1024, 4096):
+        problem = replace(H200, M=M, strips=strips)
+        times.append(min(microseconds(problem, plan) for plan in candidates(problem)))
+    assert times == sorted(times)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn])
 def test_a_dtype_without_a_kernel_is_refused(dtype):
-    with pytest.raises(TypeError, match="dtype must be float16, bfloat16 or float32"):
-        choose(1, 64, 64, QuantSpec(4), dtype, "sm_90")
+    with pytest.raises(TypeError, match="dtype must be float16, bfloat16 or float32 on a GPU"):
+        choose(replace(H200, dtype=dtype))
+
+
+def test_tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQ_TRITON_CACHE", str(tmp_path))
+    tables._table.cache_clear()
+    odd = replace(H200, strips=3, steps=5)
+    assert tables.lookup("a-gpu", odd) is None
+    plans = {
+        tables.case(odd): DecodePlan(1, 1, 2, 4, 2, 4, 3),
+        tables.case(replace(odd, M=16)): WidePlan(8, 4, 8, 2),
+        tables.case(replace(odd, M=40)): MatmulPlan(64, 128, 2, 4, 3),
+    }
+    assert list(plans) == ["48x640 w4 m4", "48x640 w4 m16", "48x640 w4 m64"]
+    for name, plan in plans.items():  # one by one: a table grows
+        tables.save("a-gpu", {name: plan})
+    assert [tables.lookup("a-gpu", replace(odd, M=M)) for M in (2, 9, 33)] == list(plans.values())
+    assert tables.lookup("another", odd) is None
+    assert tables.lookup("a-gpu", replace(odd, group_columns=32)) is None
+    assert tables.lookup("a-gpu", replace(odd, dtype=torch.float32)) is None
+    assert [file.suffix for file in tmp_path.iterdir()] == [".json"]
+    tables._table.cache_clear()
+
+
+def test_the_shipped_table_holds_plans_of_its_cases():
+    for name, record in tables.shipped("h200").items():
+        shape, width, *_, rows = name.split()
+        N, K = map(int, shape.split("x"))
+        problem = replace(H200, M=int(rows[1:]), strips=N // 16, steps=K // 128, bits=int(width[1:]))
+        assert tables.case(problem) == name
+        assert tables.plan_from(record) in set(candidates(problem))

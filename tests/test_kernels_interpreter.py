@@ -14,7 +14,6 @@ from gptq_triton import reference
 from gptq_triton.layout import TiledWeight, tile_weight
 from gptq_triton.spec import BITS
 from tests.strategies import (
-    FORMATS,
     assert_close,
     exact_rows,
     generator,
@@ -99,14 +98,21 @@ def test_exact_data_gives_the_exact_answer(weight, M, dtype, blocks):
     assert torch.equal(launch(x, weight, **blocks), oracle(x, weight).to(dtype))
 
 
-@pytest.mark.parametrize("checkpoint_format", FORMATS)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", BITS)
-def test_every_code_and_zero_point_is_decoded(bits, group_size, checkpoint_format):
-    # x = I: y is the weight itself
-    weight = random_weight(257, 65, bits, group_size, exact=True, checkpoint_format=checkpoint_format)
-    eye = torch.eye(257)
+def test_every_code_and_zero_point_is_decoded(bits, group_size):
+    # x = I: y is the weight itself, a whole step and a part of the next
+    weight = random_weight(161, 65, bits, group_size, exact=True)
+    eye = torch.eye(161)
     assert torch.equal(launch(eye, weight, block_m=32, block_n=64), oracle(eye, weight).float())
+
+
+@pytest.mark.parametrize("group_size", [-1, 256])
+@pytest.mark.parametrize("split", [1, 2, 5])
+def test_groups_of_several_steps(group_size, split):
+    weight = random_weight(650, 40, 3, group_size, exact=True)
+    x = exact_rows(3, 650, torch.float32)
+    assert torch.equal(launch(x, weight, split=split), oracle(x, weight).float())
 
 
 def test_rows_do_not_depend_on_their_neighbours():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gptq_triton import ops
+from gptq_triton.layout import tile_weight
 from gptq_triton.linear import QuantLinear
 from gptq_triton.spec import BITS
 from tests.strategies import FORMATS, assert_close, random_rows, random_weight, weights
@@ -53,6 +54,26 @@ def test_the_bias_keeps_its_dtype_in_its_gradient():
     ops.matmul(torch.ones(5, 32, dtype=torch.float16), weight, bias).sum().backward()
     assert bias.grad is not None
     assert torch.equal(bias.grad, torch.full((16,), 5.0))
+
+
+@settings(deadline=None)
+@given(weights(), st.integers(0, 5), st.sampled_from(DTYPES), st.booleans())
+def test_tiles_give_the_same_as_words(weight, M, dtype, with_bias):
+    tiled = tile_weight(weight)
+    x, dy = random_rows(M, weight.K, dtype), random_rows(M, weight.N, dtype)
+    bias = random_rows(1, weight.N, dtype, seed=1)[0] if with_bias else None
+    assert_close(ops.matmul(x, tiled, bias), x, weight, bias)
+    assert_close(ops.matmul_transposed(dy, tiled), dy, weight, transposed=True)
+
+
+def test_gradients_through_tiles():
+    tiled = tile_weight(random_weight(11, 5, 3, 4, act_order=True, scale_dtype=torch.float32))
+    x = random_rows(2, 11, torch.float64).requires_grad_()
+    dy = random_rows(2, 5, torch.float64).requires_grad_()
+    bias = random_rows(1, 5, torch.float64)[0].requires_grad_()
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, bias: ops.matmul(x, tiled, bias), (x, bias))
+        assert check(lambda dy: ops.matmul_transposed(dy, tiled), (dy,))
 
 
 def test_scales_cannot_be_trained():
@@ -135,7 +156,7 @@ def test_the_cpu_needs_neither_triton_nor_a_gpu():
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
-from gptq_triton import ops
+from gptq_triton import ops, product
 from gptq_triton.packing import pack_weight
 from gptq_triton.spec import QuantSpec
 weight = pack_weight(torch.ones(32, 32), torch.ones(1, 32), torch.zeros(1, 32), None, QuantSpec(4, -1))
@@ -143,7 +164,7 @@ assert bool((ops.matmul(torch.ones(2, 32), weight) == 32).all())
 assert not [name for name in sys.modules if name.startswith("gptq_triton.kernels")]
 assert not torch.cuda.is_initialized()
 try:
-    ops._launcher("matmul")
+    product._kernels("matmul")
 except RuntimeError as error:
     assert "triton" in str(error)
 else:

@@ -1,0 +1,156 @@
+"""Layers that read the same input as one product: q, k and v, or gate and up, in one launch instead of three or two.
+
+The model's code does not change: each layer is replaced by its part of the merged one. The first part to be called with
+an input multiplies for all; the others take what is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import QuantLinear
+from .packing import PackedWeight, pack_weight, unpack, unpack_zeros
+
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+)
+
+
+class _Merged:
+    """The merged layer and, between the first and the last part's call, its output."""
+
+    def __init__(self, linear: QuantLinear, sizes: Sequence[int]) -> None:
+        self.linear = linear
+        self.sizes = list(sizes)
+        self.x: Tensor | None = None
+        self.parts: list[Tensor | None] = []
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        if self.x is not x or self.parts[index] is None:
+            self.x, self.parts = x, list(self.linear(x).split(self.sizes, -1))
+        y = self.parts[index]
+        self.parts[index] = None
+        if all(part is None for part in self.parts):
+            self.x = None  # nothing outlives the block
+        if y is None:
+            raise RuntimeError("a part of a merged layer is missing")
+        return y
+
+
+class FusedPart(nn.Module):
+    """One layer's share of a merged layer; its state dict is that of the layer it stands for.
+
+    Attributes:
+        in_features: K.
+        out_features: N of this part.
+    """
+
+    def __init__(self, merged: _Merged, index: int) -> None:
+        super().__init__()
+        self._merged = merged
+        self._index = index
+        self.in_features = merged.linear.in_features
+        self.out_features = merged.sizes[index]
+        if index == 0:
+            self.merged = merged.linear  # moved and counted once
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's linear map: as `QuantLinear.forward`."""
+        return self._merged.part(x, self._index)
+
+    def unfused(self) -> QuantLinear:
+        """A layer of its own with the same weight and bias."""
+        first = sum(self._merged.sizes[: self._index])
+        linear, part = self._merged.linear, slice(first, first + self.out_features)
+        weight, bias = linear.weight_packed, linear.bias
+        codes, scales, zeros = _unpacked(weight)
+        g_idx = linear.g_idx if linear.act_order else None
+        own = pack_weight(
+            codes[:, part], scales[:, part], zeros[:, part], g_idx, weight.spec, weight.checkpoint_format
+        )  # fmt: skip
+        return QuantLinear.from_packed(own, None if bias is None else bias[part].clone())
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """That of the layer it stands for, without the merged one."""
+        return self.unfused().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        error_msgs.append(f"{prefix.rstrip('.')}: load before the layers are merged by fuse(), or unfuse() first")
+
+
+def fuse(model: nn.Module, siblings: Iterable[Sequence[str]] = SIBLINGS) -> nn.Module:
+    """Merge quantized layers that read the same input, in place.
+
+    Only layers that agree in everything but their width are merged: bits, groups, order, format, dtypes and device.
+
+    Args:
+        model: With `QuantLinear` layers.
+        siblings: Names of layers of one parent that are called with the same tensor.
+
+    Returns:
+        The model.
+    """
+    for parent in list(model.modules()):
+        for names in siblings:
+            layers = [parent._modules.get(name) for name in names]
+            linears = [layer for layer in layers if isinstance(layer, QuantLinear)]
+            if len(linears) == len(names) and _agree(linears):
+                merged = _Merged(_merge(linears), [layer.out_features for layer in linears])
+                for index, name in enumerate(names):
+                    setattr(parent, name, FusedPart(merged, index))
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every merged layer its own weight again, in place; returns the model."""
+    for parent in list(model.modules()):
+        parts = {name: child for name, child in parent.named_children() if isinstance(child, FusedPart)}
+        for name, layer in {name: part.unfused() for name, part in parts.items()}.items():
+            setattr(parent, name, layer)
+    return model
+
+
+def _agree(layers: list[QuantLinear]) -> bool:
+    first = layers[0]
+    same = {
+        (layer.spec, layer.in_features, layer.checkpoint_format, layer.batch_invariant, layer.scale_dtype)
+        for layer in layers
+    }
+    devices = {layer.g_idx.device for layer in layers}
+    biases = {None if layer.bias is None else layer.bias.dtype for layer in layers}
+    alike = len(same) == len(devices) == len(biases) == 1
+    return alike and all(torch.equal(layer.g_idx, first.g_idx) for layer in layers)
+
+
+def _merge(layers: list[QuantLinear]) -> QuantLinear:
+    weights = [layer.weight_packed for layer in layers]
+    codes, scales, zeros = (torch.cat(parts, 1) for parts in zip(*map(_unpacked, weights), strict=True))
+    first = weights[0]
+    merged = pack_weight(codes, scales, zeros, first.g_idx, first.spec, first.checkpoint_format)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    layer = QuantLinear.from_packed(merged, torch.cat(biases) if biases else None)
+    layer.batch_invariant = layers[0].batch_invariant
+    return layer.train(layers[0].training)
+
+
+def _unpacked(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    bits = weight.spec.bits
+    codes = unpack(weight.qweight, bits, weight.K)
+    return codes, weight.scales, unpack_zeros(weight.qzeros, bits, weight.N, weight.checkpoint_format)

@@ -1,0 +1,108 @@
+"""What the Gluon kernels over integer digits share: PTX as one constexpr, loads that stay where they are written."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (Gluon's own types are constexprs here and tensors there)
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .integer_ptx import load_asm, meta_asm, product_asm, registers_asm, shift, words
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
+
+LOAD2 = gl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
+FENCE = gl.constexpr("bar.warp.sync 0xffffffff; // $0")  # memory operations do not cross it; costs one NOP
+LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; // $0")
+WAIT_FOR_EARLIER = gl.constexpr("griddepcontrol.wait; // $0")
+
+
+class Text:
+    """PTX and what depends on the width of the codes, as one constexpr.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        scales_bf16: Whether scales are bfloat16, not float16.
+        subgroups: Groups to a step: 1, 2 or 4.
+        warpgroup: For products of warpgroups, whose operands are tensors of signed bytes, words four to an element.
+    """
+
+    def __init__(self, bits: int, scales_bf16: bool, subgroups: int, *, warpgroup: bool) -> None:
+        self.key = (bits, scales_bf16, subgroups, warpgroup)
+        self.bits = gl.constexpr(bits)
+        self.pack = gl.constexpr(4 if warpgroup else 1)
+        self.words = (gl.int32,) * (-(-bits // 2) if warpgroup else words(bits))
+        self.registers = (gl.int8 if warpgroup else gl.int32,) * 16
+        self.as_they_are = gl.constexpr(bits == 8 and not warpgroup)  # words are registers
+        self.higher = gl.constexpr(2.0 ** -shift(bits))  # what sums of rows n + 8 are multiplied by
+        for name, (asm, constraints) in {
+            "load": load_asm(bits, addresses=4 if warpgroup else 1),
+            "unpack": registers_asm(bits, signed=warpgroup),
+            "meta0": meta_asm(bits, 0, scales_bf16, signed=warpgroup),
+            "meta1": meta_asm(bits, 1, scales_bf16, signed=warpgroup),
+            "product": product_asm(subgroups),
+        }.items():
+            setattr(self, name, gl.constexpr(asm))
+            setattr(self, name + "_constraints", gl.constexpr(constraints))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Text) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"Text{self.key}"
+
+
+@gluon.jit
+def do(ASM: gl.constexpr):
+    """One instruction a thread."""
+    gl.inline_asm_elementwise(ASM, "=r", (), dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def load_words(ptrs, T: gl.constexpr):
+    """The words of a strip and step, a tensor for each of a lane's words or vectors."""
+    return gl.inline_asm_elementwise(T.load, T.load_constraints, (ptrs,), dtype=T.words, is_pure=False, pack=T.pack)
+
+
+@gluon.jit
+def unpack(q, T: gl.constexpr):
+    """Words to the 16 registers of a strip and step."""
+    return gl.inline_asm_elementwise(
+        T.unpack, T.unpack_constraints, q, dtype=T.registers, is_pure=True, pack=T.pack
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_meta(ptr, step, strips, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr):
+    """For each subgroup of a step the meta words of rows n and n + 8."""
+    meta = ()
+    for u in gl.static_range(SUBGROUPS):
+        row = step * SUBGROUPS + u if SUBGROUPS > 1 else step // GROUP_STEPS
+        meta = meta + gl.inline_asm_elementwise(
+            LOAD2, "=&r,=&r,l", (ptr + row * strips * 16,), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+        )
+    return meta
+
+
+@gluon.jit
+def scales_and_zeros(meta, u: gl.constexpr, T: gl.constexpr):
+    """Of subgroup u: the scales of rows n and n + 8, then their zero points, scaled as their codes are."""
+    s0, z0 = gl.inline_asm_elementwise(
+        T.meta0, T.meta0_constraints, (meta[2 * u],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
+    )
+    s1, z1 = gl.inline_asm_elementwise(
+        T.meta1, T.meta1_constraints, (meta[2 * u + 1],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
+    )
+    return s0, s1, z0, z1
+
+
+def linear(registers: list, lanes: list, warps: list, shape: list) -> gl.DistributedLinearLayout:
+    """A layout by the coordinates that each bit of register, lane and warp adds."""
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
+
+
+def bits_of(size: int) -> list[int]:
+    """1, 2, 4, ... below a power of two."""
+    return [1 << i for i in range(size.bit_length() - 1)]

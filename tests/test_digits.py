@@ -1,0 +1,103 @@
+"""x as two digits, in Triton's interpreter: `TRITON_INTERPRET=1 pytest -m interpreter`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.strategies import generator
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 from the start"),
+    pytest.mark.skipif(sys.platform != "linux", reason="triton is on Linux only"),
+]
+
+
+def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's integers (M, steps * 128), units (M, steps) and sums (M, steps, subgroups)."""
+    from gptq_triton.kernels.digits import STEPS, digits_kernel
+
+    M, K = x.shape
+    rows = 16 if wide else 0
+    tiles = 0 if wide else -(-M // 4)
+    digits = torch.full((steps, 16, 64) if wide else (steps, tiles, 256), -1, dtype=torch.int32)
+    sums = torch.full((steps, 2 * subgroups, 16) if wide else (steps, tiles, 32, 2 * subgroups), -1, dtype=torch.int32)
+    digits_kernel[(-(-steps // STEPS), M)](
+        x, order, digits, sums, M, K, steps, x.stride(0),
+        ALIGNED=False, TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, BLOCK=STEPS, PDL=False,
+    )  # fmt: skip
+    integers = torch.empty(M, steps, 128, dtype=torch.int64)
+    units, totals = torch.empty(M, steps), torch.empty(M, steps, subgroups, dtype=torch.int64)
+    stored = digits.view(torch.int8).long()
+    for m in range(M):
+        for s in range(4):
+            for hb in range(2):
+                for t in range(4):
+                    pair = []
+                    for digit in range(2):
+                        n = 2 * m + digit
+                        if wide:
+                            piece = (2 * s + hb) ^ n % 8
+                            four = stored.view(steps, 32, 8, 4, 4)[:, n, piece, t]
+                        else:
+                            lane = 4 * (n % 8) + t
+                            four = stored.view(steps, tiles, 2, 32, 2, 2, 4)[:, m // 4, s // 2, lane, s % 2, hb]
+                        pair.append(four)
+                    for i, column in enumerate((0, 8, 1, 9)):
+                        integers[m, :, 32 * s + 16 * hb + 2 * t + column] = 256 * pair[0][:, i] + pair[1][:, i]
+        if wide:
+            place = m % 4 * 4 + m // 4
+            row = sums[:, :, place]
+        else:
+            assert torch.equal(sums[:, m // 4, m % 4], sums[:, m // 4, 28 + m % 4])  # the same for every g
+            row = sums[:, m // 4, m % 4]
+        units[m] = row[:, 0].contiguous().view(torch.float32)
+        totals[m] = -row[:, 1 : 1 + subgroups].long()
+    return integers.view(M, -1), units, totals
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    M=st.integers(1, 9),
+    K=st.integers(1, 300),
+    subgroups=st.sampled_from((1, 2, 4)),
+    wide=st.booleans(),
+    ordered=st.booleans(),
+    exponent=st.integers(-12, 12),
+    seed=st.integers(0, 99),
+)
+def test_digits_are_x(M, K, subgroups, wide, ordered, exponent, seed):
+    rng = generator(seed)
+    x = (torch.randn(M, K, generator=rng) * 2.0**exponent).half()
+    steps = -(-K // 128)
+    order, expected = None, torch.nn.functional.pad(x, (0, 128 * steps - K))
+    if ordered:
+        order = torch.full((128 * steps,), -1, dtype=torch.int32)
+        order[torch.randperm(128 * steps, generator=rng)[:K]] = torch.arange(K, dtype=torch.int32)
+        expected = torch.where(order >= 0, x[:, order.clamp(min=0).long()], 0)
+    integers, units, totals = run(x, order, steps, subgroups, wide)
+    expected = expected.double().view(M, steps, 128)
+    found = integers.double().view(M, steps, 128) * units.double()[:, :, None]
+    error, largest = (found - expected).abs(), expected.abs().amax(2)
+    assert bool((error <= units.double()[:, :, None] / 2).all())
+    assert bool((units.double() <= largest * 2.0**-14 * 32768 / 32639).all() or (largest == 0).any())
+    # within a factor of 16 of the largest nothing is lost
+    near = expected.abs() >= largest[:, :, None] / 16
+    assert bool((error[near] == 0).all())
+    assert torch.equal(totals, integers.view(M, steps, subgroups, 128 // subgroups).sum(3))
+    assert int(integers.abs().max()) <= 32639
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen(bad):
+    x = torch.randn(3, 256, generator=generator(0)).half()
+    x[1, 200] = bad
+    _, units, _ = run(x, None, 2, 1, False)
+    assert units.isnan().tolist() == [[False, False], [False, True], [False, False]]

@@ -1,0 +1,113 @@
+"""The Gluon kernels and their companion, compiled without a GPU: they fit, and they do not spill."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from gptq_triton.dispatch import DecodePlan, Problem, WidePlan, candidates
+from gptq_triton.layout import ONE_GROUP
+from gptq_triton.spec import BITS
+from tests.ptxas import SHARED_MEMORY, ptxas_report
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="triton is on Linux only"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel cannot be compiled"),
+]
+
+LARGE = Problem(1, 512, 224, 4, 128, torch.float16, True, "sm_90", 132)
+
+
+def compiled(kernel, pointers: dict[str, str | None], integers: tuple[str, ...], constants: dict, arch: str, **options):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    absent = {name: None for name, kind in pointers.items() if kind is None}
+    types = {name: "*" + kind for name, kind in pointers.items() if kind} | dict.fromkeys(integers, "i32")
+    constants = constants | absent
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs=constants, attrs=attrs)
+    return compile(source, GPUTarget("cuda", int(arch[3:]), 32), options=options)
+
+
+def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
+    from gptq_triton.kernels import decode, wide
+
+    tiles = asdict(plan)
+    splits = tiles.pop("split") > 1
+    module = decode if isinstance(plan, DecodePlan) else wide
+    pdl = problem.capability >= 90
+    constants = module.constants(
+        problem.bits, problem.dtype == torch.bfloat16, splits=splits, group_columns=problem.group_columns, pdl=pdl,
+        **tiles,
+    )  # fmt: skip
+    half = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
+    pointers = dict.fromkeys(("digits_ptr", "sums_ptr", "words_ptr", "meta_ptr"), "i32") | {
+        "bias_ptr": half if bias else None,
+        "y_ptr": half,
+        "workspace_ptr": "fp32" if splits else None,
+        "counters_ptr": "i32" if splits else None,
+    }
+    kernel = decode.decode_kernel if module is decode else wide.wide_kernel
+    warps = plan.warps if isinstance(plan, WidePlan) else plan.warps_n * plan.warps_k
+    integers = ("M", "N", "steps", "strips", "stride_ym")
+    return compiled(kernel, pointers, integers, constants, problem.arch, num_warps=warps, launch_pdl=pdl)
+
+
+def cases():
+    """The first plan of each kernel for every width and number of rows; fewer where only the target differs."""
+    for bits in BITS:
+        for M in (4, 8, 16):
+            yield replace(LARGE, M=M, bits=bits), M == 8
+    for columns in (64, 32, ONE_GROUP):
+        for M in (4, 16):
+            yield replace(LARGE, M=M, bits=3, group_columns=columns, dtype=torch.bfloat16), True
+    for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
+        yield replace(LARGE, M=4, bits=3, arch=arch), False
+        yield replace(LARGE, M=16, arch=arch), True
+
+
+@pytest.mark.parametrize(("problem", "bias"), [pytest.param(*case, id=str(i)) for i, case in enumerate(cases())])
+def test_plans_compile_and_fit(problem, bias, tmp_path):
+    firsts: dict[type, DecodePlan | WidePlan] = {}
+    for plan in candidates(problem):
+        if isinstance(plan, (DecodePlan, WidePlan)):
+            firsts.setdefault(type(plan), replace(plan, split=1 if bias else 2))
+    assert DecodePlan in firsts
+    for plan in firsts.values():
+        binary = compiled_plan(problem, plan, bias=bias)
+        assert binary.metadata.shared <= SHARED_MEMORY[problem.arch]
+        report = ptxas_report(binary, tmp_path)
+        spilled = re.search(r"(\d+) bytes spill stores", report)
+        assert spilled
+        assert int(spilled[1]) == 0, (plan, report)
+        assert "C75" not in report, report  # wgmma serialized
+        ptx = binary.asm["ptx"]
+        if isinstance(plan, DecodePlan):
+            assert "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32" in ptx
+        else:
+            assert "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8" in ptx
+            # one fence a chunk of digits, none a step: a fence waits for the words that are on their way
+            assert ptx.count("fence.proxy.async") == 2
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_digits_compile(arch, wide, tmp_path):
+    from gptq_triton.kernels.digits import STEPS, digits_kernel
+
+    for dtype, order, aligned, subgroups in (("fp16", None, True, 1), ("bf16", "i32", False, 4)):
+        constants = {
+            "ALIGNED": aligned, "TILES": 0 if wide else 2, "ROWS": 16 if wide else 0, "SUBGROUPS": subgroups,
+            "BLOCK": STEPS, "PDL": int(arch[3:]) >= 90,
+        }  # fmt: skip
+        pointers = {"x_ptr": dtype, "order_ptr": order, "digits_ptr": "i32", "sums_ptr": "i32"}
+        binary = compiled(digits_kernel, pointers, ("M", "K", "steps", "stride_xm"), constants, arch, num_warps=1)
+        assert "0 bytes spill stores" in ptxas_report(binary, tmp_path)

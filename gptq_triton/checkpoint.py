@@ -58,22 +58,14 @@ def save_quantized(
             something that must not be replaced.
         OSError: It cannot be written, as when the disk is full; what was there is untouched.
     """
-    fields = getattr(model.config, "quantization_config", None)
+    fields: Any = getattr(model.config, "quantization_config", None)
+    if hasattr(fields, "to_dict"):  # as transformers keeps it
+        fields = fields.to_dict()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not isinstance(fields, Mapping) or not layers:
         raise ValueError("model holds no quantized layers; run quantize_model first")
     folder = check_target(folder)
-    for name, layer in layers.items():
-        if layer.infeatures * layer.bits % 32 or layer.outfeatures * layer.bits % 32:
-            raise ValueError(
-                f"{name} has {layer.infeatures} inputs and {layer.outfeatures} outputs, "
-                f"which do not fill whole words of {layer.bits}-bit codes: no checkpoint can hold it"
-            )
-    state = model.state_dict()
-    label = _label(layers, state)
-    for name, layer in layers.items():
-        old, key = FORM_OF_LABEL[layer.checkpoint_format], f"{name}.qzeros"
-        state[key] = convert_zeros(state[key], layer.bits, layer.outfeatures, old, FORM_OF_LABEL[label])
+    state, label = storable_state(model, layers)
     about: Any = model.config
     about.quantization_config = fields = {
         **fields,
@@ -90,6 +82,26 @@ def save_quantized(
                 tokenizer.save_pretrained(fresh)
     except (OSError, SafetensorError) as error:  # the latter hides an OSError in its text
         raise OSError(f"{folder} could not be written, and is as it was: {error}") from error
+
+
+def storable_state(model: nn.Module, layers: Mapping[str, QuantLinear]) -> tuple[dict[str, Tensor], str]:
+    """The state dict of a model as a checkpoint holds it, all zero points in one form, and that form's label.
+
+    Raises:
+        ValueError: A layer has no place in a checkpoint.
+    """
+    for name, layer in layers.items():
+        if layer.infeatures * layer.bits % 32 or layer.outfeatures * layer.bits % 32:
+            raise ValueError(
+                f"{name} has {layer.infeatures} inputs and {layer.outfeatures} outputs, "
+                f"which do not fill whole words of {layer.bits}-bit codes: no checkpoint can hold it"
+            )
+    state = model.state_dict()
+    label = _label(layers, state)
+    for name, layer in layers.items():
+        old, key = FORM_OF_LABEL[layer.checkpoint_format], f"{name}.qzeros"
+        state[key] = convert_zeros(state[key], layer.bits, layer.outfeatures, old, FORM_OF_LABEL[label])
+    return state, label
 
 
 def load_quantized(

@@ -59,6 +59,7 @@ class QuantizeConfig:
             one more forward pass per stage.
         mse: Clip each group's range where that lowers the rounding error.
         lm_head: Quantize the output head too.
+        embeddings: Quantize the input embedding too, to nearest.
         dynamic: Per-module rules, tried in order, as GPTQModel writes them: ``"-:regex"`` leaves the
             modules it matches alone; ``"regex"`` or ``"+:regex"`` overrides ``bits``, ``group_size``,
             ``sym``, ``desc_act``, ... The regex is matched from the start of the module's full name. A
@@ -82,13 +83,23 @@ class QuantizeConfig:
     true_sequential: bool = False
     mse: bool = False
     lm_head: bool = False
+    embeddings: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checkpoint_format: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.spec()
-        for name in ("sym", "desc_act", "static_groups", "group_aware", "true_sequential", "mse", "lm_head"):
+        for name in (
+            "sym",
+            "desc_act",
+            "static_groups",
+            "group_aware",
+            "true_sequential",
+            "mse",
+            "lm_head",
+            "embeddings",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if not isinstance(self.damp_percent, (int, float)) or isinstance(self.damp_percent, bool):
@@ -143,6 +154,8 @@ class QuantizeConfig:
             "checkpoint_format": self.checkpoint_format,
             "pack_dtype": "int32",
         }
+        if self.embeddings:  # a word of this package's own
+            out["embeddings"] = True
         if self.dynamic:
             out["dynamic"] = {pattern: dict(rule or {}) for pattern, rule in self.dynamic.items()}
         if "format" in out:  # GPTQModel writes it under both names
@@ -213,6 +226,7 @@ _OVERRIDABLE = {f.name for f in dataclasses.fields(QuantizeConfig)} - {
     "checkpoint_format",
     "extra",
     "lm_head",
+    "embeddings",
 }
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import QuantizeConfig
 from .dialects import detect, load_packed
+from .embedding import stand_in
 from .experts import match_checkpoint
 from .files import Files
 from .findings import Claim, Finding, Layout
@@ -101,18 +102,21 @@ def read_layer(
     part: LayerParts, module: nn.Module, claim: Claim, zero_points: str | None = None
 ) -> tuple[Layout, QuantLinear]:
     """One layer of the files, which takes the place of a module."""
-    if isinstance(module, QuantLinear):
-        shape = module.outfeatures, module.infeatures
-    else:
-        weight = weight_of(module)
-        shape = weight.shape[0], weight.shape[1]
     try:
         if getattr(module, "bias", None) is not None and "bias" not in part.entries:
             raise ValueError("bias is missing")
-        layout = detect(part, claim, shape=shape, zero_points=zero_points)
-        return layout, QuantLinear.from_packed(*load_packed(layout, part))
+        layout = detect(part, claim, shape=matrix_shape(module), zero_points=zero_points)
+        return layout, stand_in(module, *load_packed(layout, part))
     except ValueError as error:
         raise ValueError(f"{part.path}: {part.name}: {error}") from None
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of a layer that is, or is to be, quantized."""
+    if isinstance(module, QuantLinear):
+        return module.outfeatures, module.infeatures
+    weight = module.weight if isinstance(module, nn.Embedding) else weight_of(module)
+    return weight.shape[0], weight.shape[1]
 
 
 def places(model: nn.Module) -> dict[int, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from .config import QuantizeConfig
+from .embedding import empty_embedding, untie
 from .experts import Experts, routers, skeleton, unfuse
 from .journal import Journal
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
-from .solver import Solution, solve
-from .streaming import Observer, as_batches, capture, decoder_blocks, default_device, runner, stages
+from .solver import Hessian, Solution, solve
+from .streaming import (
+    Observer,
+    as_batches,
+    capture,
+    decoder_blocks,
+    default_device,
+    head_inputs,
+    output_head,
+    runner,
+    stages,
+)
 
 
 @dataclass(frozen=True)
@@ -90,16 +102,19 @@ def quantize_model(
     workdir: str | Path | None = None,
     progress: bool = True,
 ) -> list[LayerReport]:
-    """Quantize every linear layer of a model's decoder blocks, in place.
+    """Quantize every linear layer of a model's decoder blocks, and its output head on request, in place.
 
-    Blocks are solved in sequence, each on the outputs of the quantized blocks before it. The result
-    is a pure function of the arguments: no random number is drawn. Fused experts are taken apart into
-    linear layers first; routers stay in full precision.
+    Blocks are solved in sequence, each on the outputs of the quantized blocks before it, and the head last.
+    The result is a pure function of the arguments: no random number is drawn. Fused experts are taken apart
+    into linear layers first; routers stay in full precision, and so does an embedding that shared its
+    weight with a quantized head.
 
     Args:
-        model: A transformers causal LM whose blocks live in an nn.ModuleList, with floating weights.
+        model: A transformers causal LM, encoder or vision model whose blocks live in an nn.ModuleList, with
+            floating weights.
         calibration: Batches: token ids (S,) or (B, S) as tensors or lists, or mappings with
-            ``input_ids`` and optionally ``attention_mask``, whose zeros are not counted.
+            ``input_ids`` and optionally ``attention_mask``, whose zeros are not counted, or mappings of
+            other tensors (``pixel_values``) for a model that takes no tokens.
         config: What to do; default: 4 bits, groups of 128, symmetric.
         method: "gptq", or "rtn" for round-to-nearest on the same grid rules (calibration then only
             measures the error).
@@ -113,35 +128,43 @@ def quantize_model(
         One report per layer, in the order of solving. ``model.config.quantization_config`` is set.
 
     Raises:
-        ValueError: The model has no blocks, calibration is empty, a layer's shape cannot be stored,
-            experts cannot be taken apart, or workdir belongs to another run.
+        ValueError: The model has no blocks, or no head to quantize, calibration is empty, a layer has a shape
+            that cannot be stored, experts cannot be taken apart, or workdir belongs to another run.
     """
     from tqdm.auto import tqdm  # with transformers, whose models these are
 
     config = config or QuantizeConfig()
-    if config.lm_head:
-        raise ValueError("lm_head=True: quantizing the output head is not supported; only decoder blocks are")
     if method not in ("gptq", "rtn"):
         raise ValueError(f"method must be 'gptq' or 'rtn', got {method!r}")
     batches = as_batches(calibration)
     unfuse(model, skip=lambda name: config.for_module(name) is None)
     blocks = decoder_blocks(model)
-    plan = _plan(model, blocks, config)
+    parts = blocks | (output_head(model) if config.lm_head else {})
+    plan = _plan(model, parts, config)
     journal = Journal(workdir, model, batches, config, method)
     device = torch.device(device) if device is not None else default_device(model)
     training = model.training
     model.eval()
     reports: list[LayerReport] = []
     try:
+        if config.embeddings:
+            reports += _quantize_embedding(model, config, device)
         hidden, calls = capture(model, list(blocks.values()), batches, device)
         masks = [batch["attention_mask"].bool().to(device) if "attention_mask" in batch else None for batch in batches]
         with tqdm(total=len(plan), desc="quantizing", unit="layer", disable=not progress) as bar:
-            for index, (block_name, block) in enumerate(blocks.items()):
+            for index, (block_name, block) in enumerate(parts.items()):
                 home = next(block.parameters()).device
-                block.to(device)
-                targets = {name: item for name, item in plan.items() if name.startswith(block_name + ".")}
-
-                run = runner(block, hidden, calls[index], device)
+                targets = {n: item for n, item in plan.items() if f"{n}.".startswith(block_name + ".")}
+                if block_name in blocks:
+                    block.to(device)
+                    run = runner(block, hidden, calls[index], device)
+                elif targets:
+                    hidden = head_inputs(model, blocks.values(), block, batches, hidden, device)
+                    untie(model, [block_name])
+                    block.weight = nn.Parameter(weight_of(block).detach().clone())  # overwritten as it is solved
+                    run = runner(block.to(device), hidden, [((), {})] * len(batches), device)
+                else:  # a rule leaves the head alone
+                    break
                 if (kept := journal.load(index)) is None:
                     packed, found = _solve_block(targets, run, masks, config, method, bar)
                     journal.save(index, packed, found)
@@ -150,11 +173,11 @@ def quantize_model(
                     for name, layer in packed.items():
                         weight_of(targets[name].layer).copy_(layer.to(device).dequantize(torch.float32))
                     bar.update(len(targets))
-                if index + 1 < len(blocks):
+                if index + 1 < len(parts):
                     hidden = [run(batch) for batch in range(len(batches))]
                 for name, layer in packed.items():
                     model.set_submodule(name, layer)
-                block.to(home)
+                model.get_submodule(block_name).to(home)
                 reports += found
     finally:
         model.train(training)
@@ -169,10 +192,11 @@ def estimate(
     """What :func:`quantize_model` will take with the same arguments."""
     device = torch.device(device) if device is not None else default_device(model)
     model = skeleton(model, skip=lambda name: config.for_module(name) is None)
-    blocks = decoder_blocks(model)
+    blocks = decoder_blocks(model) | (output_head(model) if config.lm_head else {})
     plan = _plan(model, blocks, config)
     batches = as_batches(calibration)
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    # a picture is taken for 256 tokens
+    tokens = sum(b["input_ids"].numel() if "input_ids" in b else 256 * len(next(iter(b.values()))) for b in batches)
     packed = operations = 0
     top_k = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
     for name, target in plan.items():
@@ -184,7 +208,9 @@ def estimate(
         # two forward passes, the Hessian (an upper bound: siblings share one), solving, three energies
         operations += 2 * seen * K * (2 * N + K) + 8 * N * K * K + 2 * K**3
     sizes = {name: sum(p.numel() * p.element_size() for p in block.parameters()) for name, block in blocks.items()}
-    hessians = {name: sum(4 * t.shape[1] ** 2 for n, t in plan.items() if n.startswith(name + ".")) for name in blocks}
+    hessians = {
+        name: sum(4 * t.shape[1] ** 2 for n, t in plan.items() if f"{n}.".startswith(name + ".")) for name in blocks
+    }
     weight = next(iter(plan.values())).layer.weight
     width = min(t.shape[1] for t in plan.values())
     activations = tokens * width * weight.element_size()  # pyright: ignore
@@ -195,6 +221,29 @@ def estimate(
         peak_bytes=2 * activations + max(sizes[name] + hessians[name] for name in blocks),
         seconds=operations / _matmul_rate(device),
     )
+
+
+def _quantize_embedding(model: nn.Module, config: QuantizeConfig, device: torch.device) -> list[LayerReport]:
+    """Round the vectors of the input embedding, which see no calibration, to nearest, unless a rule spares it."""
+    started = time.perf_counter()
+    table: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    name = next(name for name, module in model.named_modules() if module is table)
+    own = config.for_module(name)
+    if own is None:
+        return []
+    own = dataclasses.replace(own, desc_act=False)
+    _check_storable(name, (table.num_embeddings, table.embedding_dim), own)
+    layer = empty_embedding(table, own.bits, own.group_size, checkpoint_format=own.checkpoint_format)
+    every = Hessian(table.embedding_dim, device)
+    every.add(torch.eye(table.embedding_dim, device=device))  # the error is that of the weight
+    weight = table.weight.detach().to(device)
+    solution = solve({name: weight}, every, own.spec(), own.solver_options(), "rtn")[name]
+    packed = {key: value.to(table.weight.device) for key, value in _quant_linear(table, solution).state_dict().items()}
+    layer.load_state_dict(packed, assign=True)
+    layer.checkpoint_format = own.checkpoint_format
+    untie(model, [name])
+    model.set_input_embeddings(layer)  # pyright: ignore[reportCallIssue]
+    return [_report(name, solution, own, time.perf_counter() - started)]
 
 
 def _plan(model: nn.Module, blocks: Mapping[str, nn.Module], config: QuantizeConfig) -> dict[str, _Target]:
@@ -208,13 +257,18 @@ def _plan(model: nn.Module, blocks: Mapping[str, nn.Module], config: QuantizeCon
     if not plan:
         raise ValueError("the rules in `dynamic` leave no layer to quantize")
     for name, target in plan.items():
-        if any(size * target.config.bits % 32 for size in target.shape):
-            raise ValueError(
-                f"{name} has {target.shape[1]} inputs and {target.shape[0]} outputs; {target.config.bits}-bit "
-                f"checkpoints hold multiples of {32 if target.config.bits == 3 else 32 // target.config.bits}. "
-                f"Leave it in full precision with dynamic={{'-:{name}': {{}}}}"
-            )
+        _check_storable(name, target.shape, target.config)
     return plan
+
+
+def _check_storable(name: str, shape: tuple[int, int], config: QuantizeConfig) -> None:
+    """Raise ValueError if no checkpoint can hold a weight (N, K)."""
+    if any(size * config.bits % 32 for size in shape):
+        raise ValueError(
+            f"{name} has {shape[1]} inputs and {shape[0]} outputs; {config.bits}-bit "
+            f"checkpoints hold multiples of {32 if config.bits == 3 else 32 // config.bits}. "
+            f"Leave it in full precision with dynamic={{'-:{name}': {{}}}}"
+        )
 
 
 def _solve_block(

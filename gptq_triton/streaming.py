@@ -14,7 +14,8 @@ from .layers import find_layers, weight_of
 from .linear import QuantLinear
 from .solver import Hessian
 
-Batch = dict[str, Tensor]  # input_ids (B, S) int64, and attention_mask (B, S) where tokens are padded
+# input_ids (B, S) int64, and attention_mask (B, S) where tokens are padded; or what a model without tokens takes
+Batch = dict[str, Tensor]
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -57,8 +58,10 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
             if fields.get(name) is not None:
                 tensor = torch.as_tensor(fields[name]).long()
                 batch[name] = tensor[None] if tensor.dim() == 1 else tensor
-        if "input_ids" not in batch or batch["input_ids"].dim() != 2 or not batch["input_ids"].numel():
-            raise ValueError(f"calibration item {len(batches)} must be token ids (S,) or (B, S)")
+        if "input_ids" not in fields and fields and all(isinstance(value, Tensor) for value in fields.values()):
+            batch = dict(fields)  # pictures and the like
+        elif "input_ids" not in batch or batch["input_ids"].dim() != 2 or not batch["input_ids"].numel():
+            raise ValueError(f"calibration item {len(batches)} must be token ids (S,) or (B, S), or tensors alone")
         batches.append(batch)
     if not batches:
         raise ValueError("calibration must hold at least one batch of token ids")
@@ -118,6 +121,50 @@ def capture(
                 continue
             raise ValueError(f"{type(model).__name__} does not run its blocks in order")
     return hidden, calls
+
+
+def head_inputs(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    head: nn.Module,
+    batches: list[Batch],
+    hidden: list[Tensor],
+    device: torch.device,
+) -> list[Tensor]:
+    """What the output head is given, per batch, when the last block puts out ``hidden``."""
+    found: list[Tensor] = []
+    where = next(model.parameters()).device
+
+    def stop(_: nn.Module, args: tuple) -> None:
+        found.append(args[0].to(device))
+        raise _Stop
+
+    with ExitStack() as undo:
+        undo.callback(head.register_forward_pre_hook(stop).remove)
+        for block in blocks:
+            block.forward = lambda *args, **kwargs: hidden[len(found)].to(where)
+            undo.callback(delattr, block, "forward")
+        for batch in batches:
+            try:
+                model(**{name: tensor.to(where) for name, tensor in batch.items()}, use_cache=False)
+            except _Stop:
+                continue
+            raise ValueError(f"{type(model).__name__} does not run its output head")
+    return found
+
+
+def output_head(model: nn.Module) -> dict[str, nn.Module]:
+    """Name and module of the output head.
+
+    Raises:
+        ValueError: There is none.
+    """
+    get: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get()
+    for name, module in model.named_modules():
+        if module is head:
+            return {name: module}
+    raise ValueError(f"lm_head=True, but {type(model).__name__} has no output head")
 
 
 def runner(

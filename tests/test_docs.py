@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 from torch import nn
@@ -53,3 +54,17 @@ def test_importing_touches_no_gpu_no_kernel_and_no_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_documentation_builds_whole(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "api" / "index.html").read_text()
+    assert all(f'id="gptq_triton.{name}"' in api for name in gptq_triton.__all__)
+    assert "yes" in (tmp_path / "benchmarks" / "index.html").read_text()
+    for picture in ("words-4", "words-3", "tiles", "quality"):
+        ElementTree.fromstring((tmp_path / f"{picture}.svg").read_text())
+    # 3-bit codes 10 and 21 lie across words, the others do not
+    labels = re.findall(r'fill="#fff">(\d+)</text>', (tmp_path / "words-3.svg").read_text())
+    assert sorted(label for label in labels if labels.count(label) == 2) == ["10", "10", "21", "21"]

@@ -1,13 +1,15 @@
 """quantize_model: every architecture, rules, sharing, resume, determinism."""
 
 import copy
+import dataclasses
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from gptq_triton import QuantizeConfig, QuantLinear, estimate, quantize_model
+from gptq_triton import QuantizeConfig, QuantLinear, estimate, load_quantized, quantize_model, save_quantized
 from gptq_triton import streaming as streaming_module
 from gptq_triton.layers import find_layers
 from gptq_triton.packing import unpack
@@ -52,6 +54,45 @@ def test_gptq_beats_rounding(name):
     reports = quantize_model(rounded, data, config, method="rtn", progress=False)
     assert {report.method for report in reports} == {"rtn"}
     assert divergence(quantized, full, data) < divergence(rounded, full, data)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_output_head_on_request(name, tmp_path):
+    full, data = tiny(name), batches()
+    model, body = copy.deepcopy(full), copy.deepcopy(full)
+    config = QuantizeConfig(bits=4, group_size=32, sym=False, lm_head=True)
+    reports = quantize_model(model, data, config, progress=False)
+    quantize_model(body, data, dataclasses.replace(config, lm_head=False), progress=False)
+    assert [report.name for report in reports][-1] == "lm_head"
+    head: Any = model.lm_head
+    assert 0 < reports[-1].error < reports[-1].error_rtn
+    assert torch.equal(model.get_input_embeddings().weight, full.get_input_embeddings().weight)
+    body.set_output_embeddings(head)  # all else is as without it
+    assert torch.equal(logits(model, data), logits(body, data))
+    hessian = Hessian(head.infeatures)
+    head.register_forward_pre_hook(lambda _, args: hessian.add(args[0]))
+    logits(model, data)
+    own = solve({"x": full.lm_head.weight.detach().clone()}, hessian, config.spec(), config.solver_options())["x"]
+    same = unpack(own.weight.qweight, 4, 64) == unpack(head.qweight, 4, 64)
+    assert same.float().mean() > 0.99
+    save_quantized(model, tmp_path / "model")
+    assert torch.equal(logits(load_quantized(tmp_path / "model"), data), logits(model, data))
+
+
+def test_a_head_of_its_own_kind_and_a_resumed_run(tmp_path):
+    data = batches()
+    config = QuantizeConfig(4, 32, lm_head=True, dynamic={r"lm_head$": {"bits": 8}})
+    models = [tiny("qwen3") for _ in range(2)]
+    first, second = (quantize_model(m, data, config, workdir=tmp_path, progress=False) for m in models)
+    assert first == second
+    assert models[0].lm_head.bits == 8
+    assert torch.equal(logits(models[0], data), logits(models[1], data))
+    left = tiny("qwen3")
+    quantize_model(left, data, QuantizeConfig(4, 32, lm_head=True, dynamic={"-:lm_head": {}}), progress=False)
+    assert left.lm_head.weight is left.model.embed_tokens.weight
+    ahead = [estimate(tiny("qwen3"), data, dataclasses.replace(config, lm_head=head)) for head in (False, True)]
+    assert ahead[1].layers == ahead[0].layers + 1
+    assert ahead[1].packed_bytes - ahead[0].packed_bytes >= 128 * 64
 
 
 def test_blocks_see_the_error_of_the_blocks_before_them():
@@ -214,8 +255,8 @@ def test_refusals():
         quantize_model(nn.Sequential(nn.Linear(2, 2)), batches(), CONFIG)
     with pytest.raises(ValueError, match="method"):
         quantize_model(tiny("llama"), batches(), CONFIG, method="awq")
-    with pytest.raises(ValueError, match="lm_head"):
-        quantize_model(tiny("llama"), batches(), QuantizeConfig(lm_head=True))
+    with pytest.raises(ValueError, match="lm_head=True, but LlamaModel has no output head"):
+        quantize_model(tiny("llama").model, batches(), QuantizeConfig(lm_head=True))
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj = nn.Linear(64, 101, bias=False)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj has 64 inputs and 101 outputs"):

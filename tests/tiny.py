@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
@@ -48,6 +50,7 @@ _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Gemma3TextConfig,
         _LLAMA | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "mistral": (MistralForCausalLM, MistralConfig, _LLAMA | {"tie_word_embeddings": False, "sliding_window": 16}),
     "opt": (
         OPTForCausalLM,
         OPTConfig,

@@ -48,24 +48,41 @@ def error_bound(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, 
         float64, the shape of the product. It bounds ``reference`` too, which rounds less.
     """
     dtype = x.dtype
-    n = x.shape[1]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    u, u_wide = unit_roundoff(dtype), unit_roundoff(wide)
-    half = dtype not in (torch.float32, torch.float64)
+    per_weight, per_sum = coefficients(dtype, weight.scales.dtype, weight.spec.bits, x.shape[1])
+    u, u_wide = unit_roundoff(dtype), unit_roundoff(_wide(dtype))
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
-    exact_scale = DIGITS[weight.scales.dtype] + weight.spec.bits <= DIGITS[wide]
-    e = (0.0 if exact_scale else u_wide) + (u * (1 + u_wide) if half else 0.0)
-    c = 2.5 * u_wide if half else u_wide
-
     W = reference.dequantize(weight, torch.float64)
     W = W.t() if transposed else W
     rows = x.double().abs()
     total = rows @ W.abs()
     stray = rows.sum(1, keepdim=True) * tiny
-    error = e * total + stray
-    top = (1 + e) * total + stray
-    error = error + (n + 1) * c * (1 + n * c) * top
+    top = (1 + per_weight) * total + stray
+    error = per_weight * total + stray + per_sum * top
     if bias is not None:
         error = error + u_wide * (top + bias.double().abs())
     y = oracle(x, weight, bias, transposed=transposed).abs()
     return error + u * (y + error) + tiny
+
+
+def coefficients(dtype: torch.dtype, scale_dtype: torch.dtype, bits: int, n: int) -> tuple[float, float]:
+    """Steps 1 and 2 of :func:`error_bound` as factors of the sum of absolute products.
+
+    Args:
+        dtype: Of x.
+        scale_dtype: Of the scales.
+        bits: Width of a code.
+        n: Terms of the sum.
+
+    Returns:
+        e, the relative error of a weight, and ``(n + 1) c (1 + n c)``, that of the sum.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    u_wide = unit_roundoff(_wide(dtype))
+    exact_scale = DIGITS[scale_dtype] + bits <= DIGITS[_wide(dtype)]
+    per_weight = (0.0 if exact_scale else u_wide) + (unit_roundoff(dtype) * (1 + u_wide) if half else 0.0)
+    c = 2.5 * u_wide if half else u_wide
+    return per_weight, (n + 1) * c * (1 + n * c)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -34,7 +34,7 @@ class LayerInfo:
         bytes: Size of its tensors.
         saturated: Share of codes at the commoner end of their range.
         centre: Mean code minus mean zero point, in steps.
-        scale_min: Smallest scale.
+        scale_min: Smallest finite scale; None if there is none.
         scale_max: Largest finite scale.
         error: ``||W' - W|| / ||W||`` against the full-precision weight W; None without one.
     """
@@ -50,8 +50,8 @@ class LayerInfo:
     bytes: int
     saturated: float
     centre: float
-    scale_min: float
-    scale_max: float
+    scale_min: float | None
+    scale_max: float | None
     error: float | None = None
 
 

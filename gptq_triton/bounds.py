@@ -19,6 +19,8 @@ def oracle(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, trans
     return reference.matmul(x.double(), weight, None if bias is None else bias.double())
 
 
+ROWS_OF_DIGITS = 16  # of x, up to which a GPU may multiply digits
+
 DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # of the significand, in bits
 
 
@@ -27,7 +29,14 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return 2.0 ** -DIGITS[dtype]
 
 
-def error_bound(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+def error_bound(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    digits: bool | None = None,
+) -> Tensor:
     """How far each element of a product may be from the oracle.
 
     With u the unit roundoff of the dtype of x, t half its smallest number, u32 and so on alike, the
@@ -43,11 +52,22 @@ def error_bound(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, 
        where products are rounded too, to first order; (1 + n c) covers the rest.
     3. Adding the bias in float32 rounds once more: u32 (S + |bias|).
     4. The output is rounded: u |y| + t.
+    5. For few rows of halves, GPUs multiply x rounded to two digits to the base 256 (``kernels/digits.py``). The unit of
+       128 numbers is a power of two of at most 2**-14 (32768 / 32639) times their largest, and each is off by half of
+       it. Those 128 are neighbours, unless columns are in another order: then the row's largest stands for theirs.
+
+    Args:
+        x: (M, K), or dy (M, N).
+        weight: The packed weight.
+        bias: (N,) or None.
+        transposed: The product is ``dy @ W.T``.
+        digits: Whether 5. counts; default: for up to 16 rows of halves.
 
     Returns:
         float64, the shape of the product. It bounds ``reference`` too, which rounds less.
     """
     dtype = x.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
     per_weight, per_sum = coefficients(dtype, weight.scales.dtype, weight.spec.bits, x.shape[1])
     u, u_wide = unit_roundoff(dtype), unit_roundoff(_wide(dtype))
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
@@ -58,6 +78,8 @@ def error_bound(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, 
     stray = rows.sum(1, keepdim=True) * tiny
     top = (1 + per_weight) * total + stray
     error = per_weight * total + stray + per_sum * top
+    if digits if digits is not None else half and not transposed and len(x) <= ROWS_OF_DIGITS:
+        error = error + (2.0**-15 * 32768 / 32639) * (_largest_beside(rows, weight) @ W.abs())
     if bias is not None:
         error = error + u_wide * (top + bias.double().abs())
     y = oracle(x, weight, bias, transposed=transposed).abs()
@@ -86,3 +108,12 @@ def coefficients(dtype: torch.dtype, scale_dtype: torch.dtype, bits: int, n: int
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _largest_beside(rows: Tensor, weight: PackedWeight) -> Tensor:
+    """For each element of (M, K) the largest of those that share a unit with it, or of its row."""
+    size = weight.spec.rows_per_group(weight.K)
+    in_order = weight.g_idx is None and (size >= weight.K or size in (32, 64) or size % 128 == 0)
+    width = 128 if in_order else weight.K
+    blocks = torch.nn.functional.pad(rows, (0, -weight.K % width)).unflatten(1, (-1, width))
+    return blocks.amax(2, keepdim=True).expand_as(blocks).flatten(1)[:, : weight.K]

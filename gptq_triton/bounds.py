@@ -29,6 +29,29 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return 2.0 ** -DIGITS[dtype]
 
 
+def coefficients(dtype: torch.dtype, scale_dtype: torch.dtype, bits: int) -> tuple[float, float]:
+    """e and c of :func:`error_bound`: the relative error of a weight, and of one addition.
+
+    Args:
+        dtype: Of x.
+        scale_dtype: Of the scales.
+        bits: Width of a code.
+    """
+    half, u_wide = _is_half(dtype), _accumulation(dtype)
+    exact_scale = 2.0 ** -(DIGITS[scale_dtype] + bits) >= u_wide
+    e = (0.0 if exact_scale else u_wide) + (unit_roundoff(dtype) * (1 + u_wide) if half else 0.0)
+    return e, 2.5 * u_wide if half else u_wide
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def _accumulation(dtype: torch.dtype) -> float:
+    """The unit roundoff of what sums are kept in."""
+    return unit_roundoff(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
 def error_bound(
     x: Tensor,
     weight: PackedWeight,
@@ -67,47 +90,25 @@ def error_bound(
         float64, the shape of the product. It bounds ``reference`` too, which rounds less.
     """
     dtype = x.dtype
-    half = dtype in (torch.float16, torch.bfloat16)
-    per_weight, per_sum = coefficients(dtype, weight.scales.dtype, weight.spec.bits, x.shape[1])
-    u, u_wide = unit_roundoff(dtype), unit_roundoff(_wide(dtype))
+    n = x.shape[1]
+    u, u_wide, half = unit_roundoff(dtype), _accumulation(dtype), _is_half(dtype)
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    e, c = coefficients(dtype, weight.scales.dtype, weight.spec.bits)
+
     W = reference.dequantize(weight, torch.float64)
     W = W.t() if transposed else W
     rows = x.double().abs()
     total = rows @ W.abs()
     stray = rows.sum(1, keepdim=True) * tiny
-    top = (1 + per_weight) * total + stray
-    error = per_weight * total + stray + per_sum * top
+    error = e * total + stray
+    top = (1 + e) * total + stray
+    error = error + (n + 1) * c * (1 + n * c) * top
     if digits if digits is not None else half and not transposed and len(x) <= ROWS_OF_DIGITS:
         error = error + (2.0**-15 * 32768 / 32639) * (_largest_beside(rows, weight) @ W.abs())
     if bias is not None:
         error = error + u_wide * (top + bias.double().abs())
     y = oracle(x, weight, bias, transposed=transposed).abs()
     return error + u * (y + error) + tiny
-
-
-def coefficients(dtype: torch.dtype, scale_dtype: torch.dtype, bits: int, n: int) -> tuple[float, float]:
-    """Steps 1 and 2 of :func:`error_bound` as factors of the sum of absolute products.
-
-    Args:
-        dtype: Of x.
-        scale_dtype: Of the scales.
-        bits: Width of a code.
-        n: Terms of the sum.
-
-    Returns:
-        e, the relative error of a weight, and ``(n + 1) c (1 + n c)``, that of the sum.
-    """
-    half = dtype in (torch.float16, torch.bfloat16)
-    u_wide = unit_roundoff(_wide(dtype))
-    exact_scale = DIGITS[scale_dtype] + bits <= DIGITS[_wide(dtype)]
-    per_weight = (0.0 if exact_scale else u_wide) + (unit_roundoff(dtype) * (1 + u_wide) if half else 0.0)
-    c = 2.5 * u_wide if half else u_wide
-    return per_weight, (n + 1) * c * (1 + n * c)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _largest_beside(rows: Tensor, weight: PackedWeight) -> Tensor:

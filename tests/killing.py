@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from gptq_triton import QuantizeConfig, load_quantized, quantize_model, save_quantized
 from tests.tiny import batches, tiny
+
+# the lock that tqdm shares between processes: a killed copy of this one would hold it for ever
+tqdm.set_lock(threading.RLock())
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
 

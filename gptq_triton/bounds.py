@@ -12,23 +12,6 @@ from . import reference
 from .packing import PackedWeight
 
 
-def oracle(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """The product in float64."""
-    if transposed:
-        return reference.matmul_transposed(x.double(), weight)
-    return reference.matmul(x.double(), weight, None if bias is None else bias.double())
-
-
-ROWS_OF_DIGITS = 16  # of x, up to which a GPU may multiply digits
-
-DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # of the significand, in bits
-
-
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """Largest relative error of rounding to nearest."""
-    return 2.0 ** -DIGITS[dtype]
-
-
 def coefficients(dtype: torch.dtype, scale_dtype: torch.dtype, bits: int) -> tuple[float, float]:
     """e and c of :func:`error_bound`: the relative error of a weight, and of one addition.
 
@@ -50,6 +33,23 @@ def _is_half(dtype: torch.dtype) -> bool:
 def _accumulation(dtype: torch.dtype) -> float:
     """The unit roundoff of what sums are kept in."""
     return unit_roundoff(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def oracle(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """The product in float64."""
+    if transposed:
+        return reference.matmul_transposed(x.double(), weight)
+    return reference.matmul(x.double(), weight, None if bias is None else bias.double())
+
+
+ROWS_OF_DIGITS = 16  # of x, up to which a GPU may multiply digits
+
+DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # of the significand, in bits
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of rounding to nearest."""
+    return 2.0 ** -DIGITS[dtype]
 
 
 def error_bound(

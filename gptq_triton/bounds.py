@@ -75,9 +75,10 @@ def error_bound(
        where products are rounded too, to first order; (1 + n c) covers the rest.
     3. Adding the bias in float32 rounds once more: u32 (S + |bias|).
     4. The output is rounded: u |y| + t.
-    5. For few rows of halves, GPUs multiply x rounded to two digits to the base 256 (``kernels/digits.py``). The unit of
-       128 numbers is a power of two of at most 2**-14 (32768 / 32639) times their largest, and each is off by half of
-       it. Those 128 are neighbours, unless columns are in another order: then the row's largest stands for theirs.
+    5. For few rows of halves, GPUs multiply x rounded to two digits to the base 256 (``kernels/digits.py``). The
+       unit of 128 numbers is a power of two of at most 2**-14 (32768 / 32639) times their largest, and each is off by
+       half of it. Those 128 are neighbours, unless columns are in another order: then the row's largest stands for
+       theirs.
 
     Args:
         x: (M, K), or dy (M, N).

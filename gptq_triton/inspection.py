@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .atomic import unreplaced
 from .comparison import Reference
 from .config import read_config
 from .dialects import detect
@@ -94,6 +96,11 @@ def inspect_checkpoint(
         ValueError: There is no GPTQ checkpoint of a known format.
     """
     path = Path(path)
+    with nullcontext() if path.is_file() else unreplaced(path):
+        return _inspect(path, against, zero_points)
+
+
+def _inspect(path: Path, against: str | Path | None, zero_points: str | None) -> Inspection:
     config = None if path.is_file() else read_config(path)
     layers: list[LayerInfo] = []
     findings: list[Finding] = []

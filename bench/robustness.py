@@ -6,6 +6,7 @@ The full disk is a small file system in memory, which takes root to mount; witho
 from __future__ import annotations
 
 import collections
+import json
 import resource
 import subprocess
 import sys
@@ -26,11 +27,16 @@ CASES, KILLS = 20_000, 50
 
 
 def main() -> None:
+    """All parts, or those named on the command line; each has its own provenance."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = {"killed": kill(Path(scratch)), "full disk": fill(Path(scratch)), "damaged": damage(Path(scratch))}
-    write(RESULTS / "cpu" / "robustness.json", provenance("python bench/robustness.py") | rows)
-    print(rows)
+    parts = {"killed": kill, "full disk": fill, "damaged": damage}
+    path = RESULTS / "cpu" / "robustness.json"
+    for name in sys.argv[1:] or parts:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = provenance(f"python bench/robustness.py '{name}'") | {"outcome": parts[name](Path(scratch))}
+        rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+        write(path, {"rows": rows | {name: found}})
+        print(name, found["outcome"], flush=True)
 
 
 def damage(home: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from .inspection import inspect_checkpoint
     from .report import as_text, draw
 
+    if not options.against:
+        torch.set_num_threads(1)  # on tensors this small, threads wait for each other longer than they compute
     found = inspect_checkpoint(options.path, against=options.against, zero_points=options.zero_points)
     if options.picture:
         draw(found, options.picture)

@@ -43,6 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as scratch:
         folder = Path(scratch) / "large"
         make(folder)
+        os.sync()  # what is still being written would slow the reading
         rows = [measure(folder, cold) for cold in (True, False)]
     method = "gptq-triton inspect FOLDER --json in a process of its own, import included; its VmHWM"
     write(RESULTS / "cpu" / "inspect_large.json", provenance(method) | {"rows": rows})

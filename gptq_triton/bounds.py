@@ -12,6 +12,29 @@ from . import reference
 from .packing import PackedWeight
 
 
+def coefficients(dtype: torch.dtype, scale_dtype: torch.dtype, bits: int) -> tuple[float, float]:
+    """e and c of :func:`error_bound`: the relative error of a weight, and of one addition.
+
+    Args:
+        dtype: Of x.
+        scale_dtype: Of the scales.
+        bits: Width of a code.
+    """
+    half, u_wide = _is_half(dtype), _accumulation(dtype)
+    exact_scale = 2.0 ** -(DIGITS[scale_dtype] + bits) >= u_wide
+    e = (0.0 if exact_scale else u_wide) + (unit_roundoff(dtype) * (1 + u_wide) if half else 0.0)
+    return e, 2.5 * u_wide if half else u_wide
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def _accumulation(dtype: torch.dtype) -> float:
+    """The unit roundoff of what sums are kept in."""
+    return unit_roundoff(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
 def oracle(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
     """The product in float64."""
     if transposed:
@@ -52,10 +75,10 @@ def error_bound(
        where products are rounded too, to first order; (1 + n c) covers the rest.
     3. Adding the bias in float32 rounds once more: u32 (S + |bias|).
     4. The output is rounded: u |y| + t.
-    5. For few rows of halves, GPUs multiply x rounded to two digits to the base 256 (``kernels/digits.py``).
-       The unit of 128 numbers is a power of two of at most 2**-14 (32768 / 32639) times their largest, and each is off
-       by half of it. Those 128 are neighbours, unless columns are in another order: then the
-       row's largest stands for theirs.
+    5. For few rows of halves, GPUs multiply x rounded to two digits to the base 256 (``kernels/digits.py``). The
+       unit of 128 numbers is a power of two of at most 2**-14 (32768 / 32639) times their largest, and each is off by
+       half of it. Those 128 are neighbours, unless columns are in another order: then the row's largest stands for
+       theirs.
 
     Args:
         x: (M, K), or dy (M, N).
@@ -69,13 +92,9 @@ def error_bound(
     """
     dtype = x.dtype
     n = x.shape[1]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    u, u_wide = unit_roundoff(dtype), unit_roundoff(wide)
-    half = dtype not in (torch.float32, torch.float64)
+    u, u_wide, half = unit_roundoff(dtype), _accumulation(dtype), _is_half(dtype)
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
-    exact_scale = DIGITS[weight.scales.dtype] + weight.spec.bits <= DIGITS[wide]
-    e = (0.0 if exact_scale else u_wide) + (u * (1 + u_wide) if half else 0.0)
-    c = 2.5 * u_wide if half else u_wide
+    e, c = coefficients(dtype, weight.scales.dtype, weight.spec.bits)
 
     W = reference.dequantize(weight, torch.float64)
     W = W.t() if transposed else W

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from .cli_tools import convert, inspect, say, selftest
 from .config import QuantizeConfig
 from .spec import BITS
 from .zeros import FORMS, LABEL_OF_FORM
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _fail(str(error), options.debug)
     except KeyboardInterrupt:
-        _say("gptq-triton: interrupted")
+        say("gptq-triton: interrupted")
         return 130
     print(json.dumps(result, indent=2) if options.json else text)
     return 1 if result.get("failed") else 0
@@ -84,7 +85,7 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     segments = random_segments(tokens, options.length, options.segments, options.seed)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES.get(options.dtype, "auto"))
     ahead = estimate(model, segments, config, options.device)
-    _say(
+    say(
         f"{ahead.layers} layers, {ahead.tokens} tokens; about {ahead.seconds:.0f} s, "
         f"{ahead.peak_bytes / 1e9:.2f} GB on the device, {ahead.packed_bytes / 1e6:.0f} MB of packed weights"
     )
@@ -144,58 +145,12 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"text": text, "tokens": new, "tokens_per_second": new / seconds}, str(text)
 
 
-def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """``gptq-triton inspect``: what a checkpoint is, and what is wrong with it."""
-    from .inspection import inspect_checkpoint
-    from .report import as_text, draw
-
-    found = inspect_checkpoint(options.path, against=options.against, zero_points=options.zero_points)
-    if options.picture:
-        draw(found, options.picture)
-    return asdict(found), as_text(found)
-
-
-def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """``gptq-triton convert``: the same checkpoint, its zero points stored in another form."""
-    from .conversion import convert_checkpoint
-
-    done = convert_checkpoint(
-        options.path, options.out, options.to, repair=options.repair, zero_points=options.zero_points
-    )
-    lines = [f"wrote {done.out}: {done.layers} layers, zero points of {done.changed} changed to {options.to}"]
-    lines += [f"  mended: {finding}" for finding in done.repaired]
-    return asdict(done), "\n".join(lines)
-
-
-def selftest(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """``gptq-triton selftest``: whether the kernels of this machine keep the error contract."""
-    from .selftest import Check
-    from .selftest import selftest as check
-
-    def line(found: Check) -> str:
-        verdict = "ok" if found.ok else "BROKEN"
-        return (
-            f"{found.bits:>4} {found.dtype:<9}{found.regime:<27}{found.error:10.2e}{found.bound:10.2e}"
-            f"{found.share:8.1%}{found.relative:10.2e}  {verdict}"
-        )
-
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = check(device, None if options.quiet or options.json else lambda each: _say(line(each)))
-    failed = [each for each in found if not each.ok]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU path"
-    lines = [f"bits dtype    regime{'':<21}{'error':>10}{'bound':>10}{'share':>8}{'relative':>10}"]
-    lines += [line(max((c for c in found if c.bits == bits), key=lambda c: c.share)) for bits in BITS]
-    lines.append(f"{where}: {len(found) - len(failed)} of {len(found)} checks keep the bound; the worst are above")
-    lines += [line(each) for each in failed]
-    return {"device": where, "failed": len(failed), "checks": [asdict(each) for each in found]}, "\n".join(lines)
-
-
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``gptq-triton demo``: the main job on a model that comes with pip."""
     from . import demo as main_job
 
     config = QuantizeConfig(bits=options.bits, group_size=options.group_size, sym=False)
-    result = main_job.run(options.out, config, options.device, progress=not options.quiet, say=_say)
+    result = main_job.run(options.out, config, options.device, progress=not options.quiet, say=say)
     lines = [f"\n{'':<24}{'MB':>8}{'perplexity':>12}{'KL':>9}{'top-1':>8}"]
     for row in result["rows"]:
         lines.append(
@@ -420,14 +375,10 @@ def _remove(workdir: Path) -> None:
     workdir.rmdir()
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _fail(message: str, debug: bool) -> int:
     if debug:
         raise
-    _say(f"gptq-triton: error: {' '.join(message.split())}")
+    say(f"gptq-triton: error: {' '.join(message.split())}")
     return 2
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from .atomic import check_target, renamed, replacing
+from .atomic import check_target, renamed, replacing, unreplaced
 from .config import QuantizeConfig, read_config, read_fields
 from .dialects import detect
 from .files import INDEXES, SUFFIXES, Files, open_checkpoint, tensor_files
@@ -63,27 +64,30 @@ def convert_checkpoint(
     source, label = Path(source), {V1: "gptq", "v2": "gptq_v2"}.get(to)
     if label is None:
         raise ValueError(f"to must be one of {tuple(LABEL_OF_FORM)}, got {to!r}")
-    config = None if source.is_file() else read_config(source)
-    target = _target(source, Path(out))
-    with open_checkpoint(source) as files:
+    single, config = source.is_file(), None
+    target = _target(source, Path(out), single)
+    with ExitStack() as stack:  # what is entered first is left last: the source is looked at again before out appears
+        fresh = stack.enter_context(renamed(target) if single else replacing(target))
+        if not single:
+            stack.enter_context(unreplaced(source))
+            config = read_config(source)
+        files = stack.enter_context(open_checkpoint(source))
         layers = layer_parts(files)
         layouts = {name: _detect(part, config, zero_points) for name, part in layers.items()}
         mended = _judge(layers, layouts, to, repair, zero_points is not None)
         if config is None:
-            with renamed(target) as fresh:
-                _write_file(fresh, files, list(files), layouts, label)
+            _write_file(fresh, files, list(files), layouts, label)
         else:
             fixed = replace(corrected(config, layouts) if repair else config, checkpoint_format=label)
-            with replacing(target) as fresh:
-                _write_folder(source, fresh, files, layouts, fixed, repair)
+            _write_folder(source, fresh, files, layouts, fixed, repair)
             if repair:
                 mended += config_findings(source, config, [layout.act_order for layout in layouts.values()])
     changed = sum(FORM_OF_LABEL[label] != layout.zeros for layout in layouts.values())
     return Conversion(str(out), len(layouts), changed, mended)
 
 
-def _target(source: Path, out: Path) -> Path:
-    if source.is_dir():
+def _target(source: Path, out: Path, single: bool) -> Path:
+    if not single:
         target = check_target(out)
         if source.resolve().is_relative_to(target):
             raise ValueError(f"{out} holds the source and would be replaced; name another folder")

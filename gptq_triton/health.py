@@ -30,7 +30,7 @@ class Health:
         counts: How often each code occurs, (2**bits,).
         saturated: Share of the commoner of the two end codes.
         centre: Mean code minus mean zero point, in steps: about 0 for weights that are read right.
-        scale_min: Smallest scale.
+        scale_min: Smallest finite scale; None if there is none.
         scale_max: Largest finite one.
         scale_histogram: Counts in :data:`SCALE_BINS`.
         findings: What is suspicious.
@@ -39,8 +39,8 @@ class Health:
     counts: np.ndarray
     saturated: float
     centre: float
-    scale_min: float
-    scale_max: float
+    scale_min: float | None
+    scale_max: float | None
     scale_histogram: np.ndarray
     findings: list[Finding] = field(default_factory=list)
 
@@ -64,8 +64,8 @@ def examine(part: LayerParts, layout: Layout) -> Health:
         counts=counts,
         saturated=float(max(counts[0], counts[-1])) / total,
         centre=float(counts @ np.arange(len(counts))) / total - mean_zero,
-        scale_min=float(known.min()) if len(known) else float("nan"),
-        scale_max=float(known.max()) if len(known) else float("nan"),
+        scale_min=float(known.min()) if len(known) else None,
+        scale_max=float(known.max()) if len(known) else None,
         scale_histogram=np.histogram(np.clip(logs, SCALE_BINS[0], SCALE_BINS[-1]), SCALE_BINS)[0],
     )
     tiny = torch.finfo(entries["scales"].dtype).smallest_normal

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .atomic import unreplaced
 from .comparison import Reference
 from .config import read_config
 from .dialects import detect
@@ -34,7 +36,7 @@ class LayerInfo:
         bytes: Size of its tensors.
         saturated: Share of codes at the commoner end of their range.
         centre: Mean code minus mean zero point, in steps.
-        scale_min: Smallest scale.
+        scale_min: Smallest finite scale; None if there is none.
         scale_max: Largest finite scale.
         error: ``||W' - W|| / ||W||`` against the full-precision weight W; None without one.
     """
@@ -50,8 +52,8 @@ class LayerInfo:
     bytes: int
     saturated: float
     centre: float
-    scale_min: float
-    scale_max: float
+    scale_min: float | None
+    scale_max: float | None
     error: float | None = None
 
 
@@ -94,6 +96,11 @@ def inspect_checkpoint(
         ValueError: There is no GPTQ checkpoint of a known format.
     """
     path = Path(path)
+    with nullcontext() if path.is_file() else unreplaced(path):
+        return _inspect(path, against, zero_points)
+
+
+def _inspect(path: Path, against: str | Path | None, zero_points: str | None) -> Inspection:
     config = None if path.is_file() else read_config(path)
     layers: list[LayerInfo] = []
     findings: list[Finding] = []

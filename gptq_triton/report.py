@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .atomic import renamed
 from .findings import LOSSLESS, LOST, Finding
 from .health import SCALE_BINS
 from .inspection import Inspection, LayerInfo
@@ -74,7 +75,8 @@ def draw(found: Inspection, path: Path) -> None:
     bottom.set_yscale("symlog")
     bottom.set_xlabel("log10 of the scale")
     bottom.set_ylabel("scales")
-    figure.savefig(path, format="png", dpi=120)
+    with renamed(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=120)
 
 
 def _table(layers: list[LayerInfo]) -> list[str]:
@@ -87,10 +89,12 @@ def _table(layers: list[LayerInfo]) -> list[str]:
     for layer in layers:
         error = "" if layer.error is None else f"{layer.error:12.5f}"
         shape = f"{layer.in_features} x {layer.out_features}"
+        low, high = layer.scale_min, layer.scale_max
+        scales = "none is finite" if low is None or high is None else f"{low:.1e} to {high:.1e}"
         order = "act" if layer.act_order else "in"
         lines.append(
             f"{layer.name:<{width}} {layer.bits:>4} {layer.group_size:>5} {shape:>13} {order:>7}"
-            f" {layer.dialect:<8} {layer.saturated:7.1%}  {layer.scale_min:.1e} to {layer.scale_max:.1e}{error}"
+            f" {layer.dialect:<8} {layer.saturated:7.1%}  {scales:<18}{error}"
         )
     return lines
 

@@ -115,7 +115,7 @@ def decode_kernel(
     PERSISTENT: gl.constexpr, PDL: gl.constexpr,
     L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of y, or of a partial sum: one a program, or if PERSISTENT one after another, words of the next in flight."""
+    """One tile of y, or of a partial sum, a program; if PERSISTENT one after another, words of the next in flight."""
     S: gl.constexpr = STRIPS * WARPS_N
     STEP_WORDS: gl.constexpr = 64 * T.bits
     WIDTH: gl.constexpr = 64 * SUBGROUPS  # of the sums of a step and tile
@@ -168,12 +168,11 @@ def decode_kernel(
     padded = (hi - lo + DEPTH - 1) // DEPTH * DEPTH  # rounds of words loaded for a tile
     ahead = DEPTH  # of them, for the tile that words are loaded for
     ahead_tile = gl.program_id(0)
-    if PERSISTENT:
-        if ahead == padded:
-            ahead = 0
-            ahead_tile += gl.num_programs(0)
-            step -= padded * WARPS_K
-            q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, L)
+    if PERSISTENT and ahead == padded:
+        ahead = 0
+        ahead_tile += gl.num_programs(0)
+        step -= padded * WARPS_K
+        q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, L)
     side = 0
     for tile in range(gl.program_id(0), tiles_n, gl.num_programs(0)):
         acc = ()

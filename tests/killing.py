@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from gptq_triton import QuantizeConfig, load_quantized, quantize_model, save_quantized
 from tests.tiny import batches, tiny
+
+# the lock that tqdm shares between processes: a killed copy of this one would hold it for ever
+tqdm.set_lock(threading.RLock())
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
 
@@ -54,7 +59,7 @@ def duration(work: Callable[[], Any]) -> float:
 
 
 def kill_saves(home: Path, count: int, seed: int = 0) -> dict[str, int]:
-    """Kill ``count`` saves, every other one over an old folder; returns what each left.
+    """Kill saves until ``count`` died of it, every other one over an old folder; returns what each left.
 
     Raises:
         AssertionError: A folder is neither absent, the old one nor the new one, or cannot be written again.
@@ -64,13 +69,16 @@ def kill_saves(home: Path, count: int, seed: int = 0) -> dict[str, int]:
     for index, model in enumerate(models):
         save_quantized(model, home / f"whole{index}")
     whole = [contents(home / f"whole{index}") for index in (0, 1)]
-    left = {"killed": 0, "absent": 0, "old": 0, "new": 0}
+    left = {"killed": 0, "too late": 0, "absent": 0, "old": 0, "new": 0}
     seconds = duration(lambda: save_quantized(models[1], target))
-    for index in range(count):
+    while left["killed"] < count:
         shutil.rmtree(target, ignore_errors=True)
-        if old := index % 2:
+        if old := left["killed"] % 2:
             shutil.copytree(home / "whole0", target)
-        left["killed"] += killed_after(lambda: save_quantized(models[1], target), rng.uniform(0, 1.1 * seconds))
+        if not killed_after(lambda: save_quantized(models[1], target), rng.uniform(0, seconds)):
+            left["too late"] += 1
+            continue
+        left["killed"] += 1
         found = contents(target)
         assert found in ([whole[0], whole[1]] if old else [None, whole[1]]), "a folder that is neither old nor new"
         left["absent" if found is None else "new" if found == whole[1] else "old"] += 1
@@ -80,7 +88,7 @@ def kill_saves(home: Path, count: int, seed: int = 0) -> dict[str, int]:
 
 
 def kill_quantizations(home: Path, count: int, seed: int = 0) -> dict[str, int]:
-    """Kill ``count`` quantizations, then let each resume; returns how far they had come.
+    """Kill quantizations until ``count`` died of it, and let each resume; returns how far they had come.
 
     Raises:
         AssertionError: A folder is neither absent nor the finished one, or resuming gives other codes.
@@ -93,11 +101,14 @@ def kill_quantizations(home: Path, count: int, seed: int = 0) -> dict[str, int]:
 
     seconds = duration(quantize)
     expected = load_file(target / "model.safetensors")
-    left = {"killed": 0, "absent": 0, "new": 0, "blocks kept": 0}
-    for _ in range(count):
+    left = {"killed": 0, "too late": 0, "absent": 0, "new": 0, "blocks kept": 0}
+    while left["killed"] < count:
         for folder in (target, work):
             shutil.rmtree(folder, ignore_errors=True)
-        left["killed"] += killed_after(quantize, rng.uniform(0, 1.1 * seconds))
+        if not killed_after(quantize, rng.uniform(0, seconds)):
+            left["too late"] += 1
+            continue
+        left["killed"] += 1
         left["new" if target.exists() else "absent"] += 1
         if target.exists():
             _assert_equal(load_file(target / "model.safetensors"), expected)

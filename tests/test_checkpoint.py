@@ -511,6 +511,44 @@ class TestFilesThatAreNotWhatTheyShouldBe:
             read(broken)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, more than the checkpoint has tensors \(63\)"),
+        ({"hidden_size": 2**40}, f"hidden_size is {2**40}, more than {2**24}"),
+        ({"text_config": {"head_dim": 2**30}}, "head_dim is"),
+        ({"hidden_size": "many"}, "hidden_size"),
+        ({"model_type": "none such"}, "none such"),
+        ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}, "trust_remote_code"),
+    ],
+)
+def test_configs_that_build_no_model(broken, fields, message):
+    """Absurd sizes are refused before anything is built, and no code of the folder is run."""
+    (broken / "evil.py").write_text("raise SystemExit('ran')")
+    change_json(broken / "config.json", **fields)
+    with pytest.raises(ValueError, match=rf"(?s)config\.json describes no model that can be built: .*{message}"):
+        load_quantized(broken)
+
+
+def test_a_folder_without_the_models_config(broken):
+    (broken / "config.json").unlink()
+    assert len(inspect_checkpoint(broken).layers) == 14
+    with pytest.raises(ValueError, match=r"broken is not a model folder: there is no .*config\.json"):
+        load_quantized(broken)
+
+
+def test_a_generation_config_that_is_none(broken):
+    (broken / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not a generation config"):
+        load_quantized(broken)
+
+
+def test_what_was_decided_is_told(sym, broken, caplog):
+    with caplog.at_level(logging.INFO):
+        load_quantized(sym)
+    assert f"{sym}: 14 layers of 4 bits, groups of 32, zero points v1 by tensors" in caplog.text
+
+
 # inspect
 
 

@@ -63,6 +63,7 @@ class GptqTritonQuantizer(HfQuantizer):
             quantization_config = GptqTritonConfig(**quantization_config.to_dict())
         super().__init__(quantization_config, **kwargs)
         self._layers: dict[str, str] = {}  # module name to name in the checkpoint
+        self._names: set[str] = set()  # of the model's state dict, with its quantized layers in place
         self._files: list[Path] = []
         self._target: torch.device | None = None  # where a model that is quantized here ends up
 
@@ -80,13 +81,14 @@ class GptqTritonQuantizer(HfQuantizer):
         self._target = torch.device(places.pop())
         return {"": torch.device("cpu")}
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
         """Experts that were taken apart are not put together again."""
-        names = set(model.state_dict()) if self._layers else set()
+        steps = super().update_weight_conversions(weight_conversions, *model)  # transformers before 5.23: no model
+        apart = self._names if self._layers else None
         return [
             step
-            for step in super().update_weight_conversions(weight_conversions, model)
-            if not (self._layers and isinstance(step, WeightConverter) and _is_fusion(step) and not _has(names, step))
+            for step in steps
+            if apart is None or not (isinstance(step, WeightConverter) and _is_fusion(step) and not _has(apart, step))
         ]
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
@@ -135,6 +137,7 @@ class GptqTritonQuantizer(HfQuantizer):
             if bare and any(isinstance(child, QuantLinear) for child in module.modules()):
                 module._is_hf_initialized = True
         untie(model, self._layers)
+        self._names = set(model.state_dict())
         names = "|".join(map(re.escape, {*self._layers, *self._layers.values()}))
         ignored = rf"^(?:{names})\.(?:{'|'.join(PARTS)})$"
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}

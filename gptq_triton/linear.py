@@ -101,7 +101,7 @@ class QuantLinear(nn.Module):
         self.outfeatures = self.out_features = outfeatures
         self.checkpoint_format = checkpoint_format
         self.act_order = False  # whether g_idx says more than "groups in order"
-        self.batch_invariant = False  # whether, on a GPU, a row's bits may depend on its neighbours and their number
+        self.batch_invariant = False  # whether, on a GPU, a row's bits must not depend on the rows beside it
         self._tiles: TiledWeight | None = None
         groups = self.spec.groups(infeatures)
         self.register_buffer(

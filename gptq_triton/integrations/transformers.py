@@ -81,14 +81,15 @@ class GptqTritonQuantizer(HfQuantizer):
         self._target = torch.device(places.pop())
         return {"": torch.device("cpu")}
 
-    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         """Experts that were taken apart are not put together again."""
-        steps = super().update_weight_conversions(weight_conversions, *model)  # transformers before 5.23: no model
-        apart = self._names if self._layers else None
+        arguments = (weight_conversions,) if model is None else (weight_conversions, model)  # none before 5.23
         return [
             step
-            for step in steps
-            if apart is None or not (isinstance(step, WeightConverter) and _is_fusion(step) and not _has(apart, step))
+            for step in super().update_weight_conversions(*arguments)
+            if not (
+                self._layers and isinstance(step, WeightConverter) and _is_fusion(step) and not _has(self._names, step)
+            )
         ]
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:

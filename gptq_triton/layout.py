@@ -73,6 +73,10 @@ class TiledWeight:
     checkpoint_format: str = "gptq"
     launches: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, or a pickle: nothing that was compiled."""
+        return self.__dict__ | {"launches": {}}
+
     @property
     def strips(self) -> int:
         """Strips of 16 rows."""

@@ -256,16 +256,14 @@ class QuantLinear(nn.Module):
                 self._buffers[name] = getattr(weight, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        if self._tiles is None:
-            super()._apply(fn, recurse)
-            self.prepare()
-            return self
-        if fn(self.g_idx).is_cuda:
+        if self._tiles is not None and self._tiles.scales is None and fn(self.g_idx).is_cuda:
             super()._apply(fn, recurse)
             self._tiles = self._tiled_by_buffers()
             return self
-        self._unprepare()
-        return super()._apply(fn, recurse)
+        self._unprepare()  # also where scales may get another dtype
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -6,7 +6,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any, cast
 
@@ -31,55 +31,79 @@ def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant
     stride = x.stride(-2) if x.dim() == 2 else K
     rows = dispatch.ROWS_OF_DECODE if batch_invariant else M
     if rows >= M:
-        _launch(weight, M, stride, x, bias, batch_invariant)(x, stride, y)
+        _launch(weight, M, stride, x, bias, batch_invariant)(x, stride, bias, weight, y)
         return y
     xs, ys = x.view(M, K) if x.dim() != 2 else x, y.view(M, weight.N)
     for first in range(0, M, rows):
         part = xs[first : first + rows]
-        _launch(weight, len(part), stride, part, bias, True)(part, stride, ys[first : first + rows])
+        launch = _launch(weight, len(part), stride, part, bias, batch_invariant)
+        launch(part, stride, bias, weight, ys[first : first + rows])
     return y
 
 
-_MOST_LAUNCHES = 4096  # of a weight: one for each number of rows
-
-Launch = Callable[[Tensor, int, Tensor], None]  # x, contiguous but for its row stride; that stride; contiguous y
+# x, contiguous but for its row stride; that stride; the bias; the weight; contiguous y
+Launch = Callable[[Tensor, int, "Tensor | None", TiledWeight, Tensor], None]
 
 
 def _launch(weight: TiledWeight, M: int, stride: int, x: Tensor, bias: Tensor | None, batch_invariant: bool) -> Launch:
-    """Everything about a product that the values of x do not change, made once."""
+    """Everything about a product but its values; kept with the weight, so that a warm call looks up little."""
     aligned = x.data_ptr() % 16 == 0 and stride % 8 == 0
-    # a weight's own, so that a warm call looks up little
-    key = (M, x.dtype, aligned, batch_invariant, None if bias is None else (bias.dtype, bias.data_ptr()))
+    key = (M, x.dtype, aligned, batch_invariant, None if bias is None else bias.dtype)
     launch = weight.launches.get(key)
     if launch is None:
-        if len(weight.launches) >= _MOST_LAUNCHES:
-            weight.launches.clear()
         problem = problem_of(M, x.dtype, x.get_device(), weight)
-        plan = None if batch_invariant else tables.lookup(gpu_name(x.get_device()), problem)
-        plan = plan or dispatch.choose(problem, batch_invariant=batch_invariant)
-        launch = weight.launches[key] = prepare_launch(problem, plan, weight, bias, aligned, x.get_device())
+        launch = _prepared(problem, Operands.of(weight, bias, aligned), x.get_device(), batch_invariant)
+        weight.launches[key] = launch
     return launch
 
 
-def prepare_launch(
-    problem: Problem, plan: Plan, weight: TiledWeight, bias: Tensor | None, aligned: bool, device: int
-) -> Launch:
-    """Bind a plan to a weight, compiled, for the current stream of a device.
+@dataclass(frozen=True)
+class Operands:
+    """What a compiled launch depends on beside the problem.
 
-    Args:
-        problem: What the plan is for.
-        plan: Any that fits the problem.
-        weight: The weight.
-        bias: (N,), or None.
+    Attributes:
+        K: Columns of x.
+        N: Columns of y.
+        bias: Dtype of the bias, or None.
+        scales: Dtype of the scales.
+        ordered: Whether the weight has an order.
         aligned: Whether rows of x start at multiples of 16 bytes.
-        device: Index of the GPU.
     """
+
+    K: int
+    N: int
+    bias: torch.dtype | None
+    scales: torch.dtype
+    ordered: bool
+    aligned: bool
+
+    @classmethod
+    def of(cls, weight: TiledWeight, bias: Tensor | None, aligned: bool) -> Operands:
+        """Those of a product."""
+        bias_dtype = None if bias is None else bias.dtype
+        return cls(weight.K, weight.N, bias_dtype, weight.dtype, weight.order is not None, aligned)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _prepared(problem: Problem, operands: Operands, device: int, batch_invariant: bool) -> Launch:
+    plan = None if batch_invariant else tables.lookup(gpu_name(device), problem)
+    plan = plan or dispatch.choose(problem, batch_invariant=batch_invariant)
+    return prepare_launch(problem, plan, operands, device)
+
+
+def forget() -> None:
+    """Choose plans anew: the tables have changed."""
+    _prepared.cache_clear()
+
+
+def prepare_launch(problem: Problem, plan: Plan, operands: Operands, device: int) -> Launch:
+    """Compile a plan for the current stream of a device."""
     if isinstance(plan, DequantizePlan):
-        launch = functools.partial(_by_floats, problem, plan, weight, bias)
+        launch = functools.partial(_by_floats, problem, plan)
     elif isinstance(plan, MatmulPlan):
-        launch = functools.partial(_matmul, problem, plan, weight, bias, device)
+        launch = functools.partial(_matmul, problem, plan, device)
     else:
-        launch = _by_digits(problem, plan, weight, bias, aligned, device)
+        launch = _by_digits(problem, plan, operands, device)
     if torch.cuda.device_count() == 1:
         return launch
 
@@ -90,25 +114,18 @@ def prepare_launch(
     return guarded
 
 
-def _by_digits(
-    problem: Problem,
-    plan: DecodePlan | WidePlan,
-    weight: TiledWeight,
-    bias: Tensor | None,
-    aligned: bool,
-    device: int,
-) -> Launch:
+def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
     digits_module = _kernels("digits")
-    M, K, N = problem.M, weight.K, weight.N
+    M, K, N = problem.M, operands.K, operands.N
     strips, steps, split = problem.strips, problem.steps, plan.split
     subgroups, pdl = max(1, 128 // problem.group_columns), problem.capability >= 90
     wide = isinstance(plan, WidePlan)
     multiply = (_kernels("wide").prepare_wide if wide else _kernels("decode").prepare_decode)(
         device,
         problem.dtype,
-        None if bias is None else bias.dtype,
+        operands.bias,
         bits=problem.bits,
-        scales_bf16=weight.dtype == torch.bfloat16,
+        scales_bf16=operands.scales == torch.bfloat16,
         group_columns=problem.group_columns,
         pdl=pdl,
         **asdict(plan),
@@ -117,8 +134,8 @@ def _by_digits(
     digits_of_x = digits_module.prepare_digits(
         device,
         problem.dtype,
-        ordered=weight.order is not None,
-        aligned=aligned,
+        ordered=operands.ordered,
+        aligned=operands.aligned,
         subgroups=subgroups,
         tiles=0 if wide else plan.tiles,
         rows=rows if wide else 0,
@@ -134,19 +151,22 @@ def _by_digits(
         words += split * tiles * 16 * plan.strips_of_program * rows
     counters = tiles if split > 1 else 0
     grid = -(-steps // digits_module.STEPS)
-    order, bias_address = (None if t is None else t.data_ptr() for t in (weight.order, bias))
-    tile_words, tile_meta = weight.words.data_ptr(), weight.meta.data_ptr()
     scratch = _scratch(device)
 
-    def launch(x: Tensor, stride: int, y: Tensor) -> None:
+    def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
+        order = weight.order
         with scratch.lock:  # the two launches belong together
             digits, zeros = scratch.get(stream, words, counters)
             sums = digits + 4 * digit_words
-            digits_of_x(grid, M, stream, x.data_ptr(), order, digits, sums, M, K, steps, stride)
+            digits_of_x(
+                grid, M, stream,
+                x.data_ptr(), None if order is None else order.data_ptr(), digits, sums, M, K, steps, stride,
+            )  # fmt: skip
             multiply(
                 programs, split, stream,
-                digits, sums, tile_words, tile_meta, bias_address, y.data_ptr(),
+                digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(),
+                None if bias is None else bias.data_ptr(), y.data_ptr(),
                 sums + 4 * sum_words if split > 1 else None, zeros if split > 1 else None,
                 M, N, steps, strips, N,
             )  # fmt: skip
@@ -157,11 +177,11 @@ def _by_digits(
 def _matmul(
     problem: Problem,
     plan: MatmulPlan,
-    weight: TiledWeight,
-    bias: Tensor | None,
     device: int,
     x: Tensor,
     stride: int,
+    bias: Tensor | None,
+    weight: TiledWeight,
     y: Tensor,
 ) -> None:
     M, programs = problem.M, -(-problem.strips // plan.strips_of_program) * -(-problem.M // plan.block_m)
@@ -190,7 +210,7 @@ def _matmul(
 
 
 def _by_floats(
-    problem: Problem, plan: DequantizePlan, weight: TiledWeight, bias: Tensor | None, x: Tensor, stride: int, y: Tensor
+    problem: Problem, plan: DequantizePlan, x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor
 ) -> None:
     x = _in_order(x.view(problem.M, weight.K) if x.dim() != 2 else x, weight)
     y = y.view(problem.M, weight.N)

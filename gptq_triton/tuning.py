@@ -64,6 +64,7 @@ def tune(
                     say(f"{tables.case(problem)}: {times[fastest]:.2f} us, {fastest}")
     if save:
         tables.save(product.gpu_name(device), best)
+        product.forget()
         for weight in weights:
             weight.launches.clear()
     return best
@@ -81,19 +82,19 @@ def _time(problem: Problem, plan: FusedPlan, copies: list[TiledWeight]) -> float
     x = torch.randn(problem.M, weight.K, dtype=problem.dtype, device=weight.words.device)
     y = torch.empty(problem.M, weight.N, dtype=problem.dtype, device=weight.words.device)
     try:
-        launches = [
-            product.prepare_launch(problem, plan, copy, None, weight.K % 8 == 0, x.get_device()) for copy in copies
-        ] * math.ceil(8 / len(copies))
-        for launch in launches[:2]:
-            launch(x, weight.K, y)
+        operands = product.Operands.of(weight, None, weight.K % 8 == 0)
+        launch = product.prepare_launch(problem, plan, operands, x.get_device())
+        for copy in copies[:2]:
+            launch(x, weight.K, None, copy, y)
     except Exception as error:  # Triton has its own class for each resource that a GPU may lack
         if type(error).__name__ not in ("OutOfResources", "PTXASError"):
             raise
         return math.inf
+    calls = copies * math.ceil(8 / len(copies))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for launch in launches:
-            launch(x, weight.K, y)
+        for copy in calls:
+            launch(x, weight.K, None, copy, y)
     graph.replay()
     times = []
     for _ in range(_REPLAYS):
@@ -102,5 +103,5 @@ def _time(problem: Problem, plan: FusedPlan, copies: list[TiledWeight]) -> float
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(launches))
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
     return sorted(times)[len(times) // 2]

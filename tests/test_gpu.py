@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from dataclasses import replace
 
@@ -120,14 +122,15 @@ def test_every_plan_gives_the_same_answer(M, group_size):
     x = exact_rows(M, 1536, torch.float16, device=DEVICE)
     expected = oracle(x, weight).half()
     problem = product.problem_of(M, torch.float16, 0, tiled)
+    operands = product.Operands.of(tiled, None, True)
     for plan in dispatch.candidates(problem):
         y = torch.full_like(expected, float("nan"))
-        product.prepare_launch(problem, plan, tiled, None, True, 0)(x, 1536, y)
+        product.prepare_launch(problem, plan, operands, 0)(x, 1536, None, tiled, y)
         assert torch.equal(y, expected), plan
         if isinstance(plan, dispatch.DecodePlan):  # a few programs, which take one tile after another
             few, plan = replace(problem, multiprocessors=2), replace(plan, persistent=True)
             y = torch.full_like(expected, float("nan"))
-            product.prepare_launch(few, plan, tiled, None, True, 0)(x, 1536, y)
+            product.prepare_launch(few, plan, operands, 0)(x, 1536, None, tiled, y)
             assert torch.equal(y, expected), plan
 
 
@@ -222,6 +225,7 @@ def test_gradients(dtype, act_order):
 
 def test_slabs(monkeypatch):
     monkeypatch.setattr(dispatch, "SLAB_BYTES", 16 * 256 * 2 * 3)  # three strips at a time
+    product.forget()
     weight = random_weight(256, 200, 4, 64, act_order=True, device=DEVICE)
     tiled = tile_weight(weight)
     x, dy = (random_rows(300, width, torch.float16, device=DEVICE) for width in (256, 200))
@@ -229,6 +233,7 @@ def test_slabs(monkeypatch):
     assert_close(ops.matmul(x, tiled, bias), x, weight, bias)
     error = relative_error(ops.matmul_transposed(dy, tiled), oracle(dy, weight, transposed=True))
     assert error < 1.2 * typical_error(200, torch.float16)  # slabs are halves before they are added
+    product.forget()
 
 
 def test_adapters_train_through_frozen_layers():
@@ -368,6 +373,19 @@ def test_a_layer_on_a_gpu_holds_tiles_and_saves_the_checkpoint(bits, act_order):
     assert torch.equal(fresh(x), layer(x))
     layer.to("cpu")
     assert all(torch.equal(layer.state_dict()[name], expected[name]) for name in expected)
+
+
+def test_copies_and_dtypes_of_a_layer_on_a_gpu():
+    layer = QuantLinear.from_packed(random_weight(128, 64, 4, 32), torch.randn(64)).to(DEVICE)
+    x = random_rows(3, 128, torch.float16, device=DEVICE)
+    y = layer(x)
+    twin = copy.deepcopy(layer)
+    del layer
+    assert torch.equal(twin(x), y)
+    assert pickle.loads(pickle.dumps(twin)).state_dict().keys() == twin.state_dict().keys()
+    wide = QuantLinear.from_packed(random_weight(128, 64, 4, 32, scale_dtype=torch.float32)).to(DEVICE)
+    assert wide.half().scale_dtype == torch.float16
+    assert relative_error(wide(x), oracle(x, wide.weight_packed)) < typical_error(128, torch.float16)
 
 
 def test_tiling_takes_milliseconds():

@@ -1,0 +1,253 @@
+"""Products on a GPU as far as they can be followed without one: kernels are replaced by what they are to compute."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_triton import dispatch, product, tables, tuning
+from gptq_triton.dispatch import DecodePlan, MatmulPlan, WidePlan
+from gptq_triton.layout import TiledWeight, tile_weight, unpack_meta, untile
+from gptq_triton.linear import QuantLinear
+from tests.strategies import assert_close, random_rows, random_weight
+
+
+def floats(words: Tensor, meta: Tensor, scales: Tensor | None, bits: int, group_columns: int, bf16: bool) -> Tensor:
+    """W in the order of the tiles, (columns, rows) float64."""
+    dtype = torch.float32 if scales is not None else torch.bfloat16 if bf16 else torch.float16
+    codes = untile(words, bits).double()
+    scale, zero = unpack_meta(meta, scales, dtype)
+    group = torch.arange(len(codes)) // group_columns
+    return scale.double()[group] * (codes - zero[group])
+
+
+class Kernels:
+    """Stands for every module of kernels; remembers the launches of those that take addresses."""
+
+    STEPS = 2
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = []
+
+    def __call__(self, name: str) -> Any:
+        return self
+
+    def _prepare(self, name: str, *given: Any, **options: Any) -> Any:
+        return lambda *arguments: self.launches.append((name, options, arguments))
+
+    def prepare_digits(self, *given: Any, **options: Any) -> Any:
+        return self._prepare("digits", *given, **options)
+
+    def prepare_decode(self, *given: Any, **options: Any) -> Any:
+        return self._prepare("decode", *given, **options)
+
+    def prepare_wide(self, *given: Any, **options: Any) -> Any:
+        return self._prepare("wide", *given, **options)
+
+    def gather(self, x: Tensor, order: Tensor, out: Tensor) -> None:
+        out.copy_(torch.where(order >= 0, x[:, order.clamp(min=0).long()], 0))
+
+    def dequantize(self, words, meta, scales, out, *, bits, group_columns, scales_bf16, first_strip, ptx):
+        w = floats(words, meta, scales, bits, group_columns, scales_bf16).t()
+        out.copy_(w[16 * first_strip : 16 * first_strip + len(out), : out.shape[1]])
+
+    def matmul(self, x, words, meta, scales, bias, y, workspace, counters, *, bits, group_columns, scales_bf16, **plan):
+        assert (workspace is None) == (counters is None) == (plan["split"] == 1)
+        if workspace is not None:
+            assert workspace.numel() >= plan["split"] * len(x) * 16 * len(words)
+            tiles = math.ceil(len(x) / plan["block_m"]) * math.ceil(16 * len(words) / plan["block_n"])
+            assert counters.numel() >= tiles
+        w = floats(words, meta, scales, bits, group_columns, scales_bf16)
+        out = x.double() @ w[: x.shape[1], : y.shape[1]]
+        y.copy_(out if bias is None else out + bias.double())
+
+
+class Scratch:
+    """Memory that says how much of it was asked for."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.memory, self.zeros = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
+
+    def tensors(self, stream: int, words: int, counters: int) -> tuple[Tensor, Tensor]:
+        self.memory = torch.empty(words, dtype=torch.int32)
+        self.zeros = torch.zeros(counters, dtype=torch.int32)
+        return self.memory, self.zeros
+
+    def get(self, stream: int, words: int, counters: int) -> tuple[int, int]:
+        memory, zeros = self.tensors(stream, words, counters)
+        return memory.data_ptr(), zeros.data_ptr()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with one H200 whose tensors are on the CPU."""
+    kernels, scratch = Kernels(), Scratch()
+    monkeypatch.setattr(product, "_kernels", kernels)
+    monkeypatch.setattr(product, "_scratch", lambda device: scratch)
+    monkeypatch.setattr(product, "gpu", lambda device: ("sm_90", 132))
+    monkeypatch.setattr(product, "gpu_name", lambda device: "h200")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: threading.Lock())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    product.forget()
+    yield SimpleNamespace(kernels=kernels, scratch=scratch)
+    product.forget()
+
+
+@pytest.mark.parametrize("group_size", [128, 32, 100, -1])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("M", [17, 64, 192, 193, 300])
+def test_rows_of_regimes_without_digits(gpu, M, act_order, group_size):
+    weight = random_weight(300, 90, 3, group_size, act_order=act_order, checkpoint_format="gptq_v2")
+    tiled = tile_weight(weight)
+    x = random_rows(M, 300, torch.float16)
+    bias = random_rows(1, 90, torch.float16, seed=1)[0]
+    assert_close(product.product(x, bias, tiled), x, weight, bias)
+    assert_close(product.product(x[:, :300].t().contiguous().t(), None, tiled), x, weight)
+    deep = product.product(x.view(1, M, 300), None, tiled)
+    assert deep.shape == (1, M, 90)
+    assert_close(deep[0], x, weight)
+    dy = random_rows(M, 90, torch.float16)
+    assert_close(product.product_transposed(dy, tiled), dy, weight, transposed=True)
+
+
+def test_slabs(gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "SLAB_BYTES", 16 * 256 * 2 * 2)  # two strips at a time
+    weight = random_weight(256, 90, 4, 64, act_order=True)
+    tiled = tile_weight(weight)
+    x, dy = random_rows(300, 256, torch.float16), random_rows(300, 90, torch.float16)
+    bias = random_rows(1, 90, torch.float16, seed=1)[0]
+    assert_close(product.product(x, bias, tiled), x, weight, bias)
+    exact = dy.double() @ floats(tiled.words, tiled.meta, None, 4, 64, False)[tiled.inverse_order(), :90].t()
+    error = (product.product_transposed(dy, tiled).double() - exact).norm() / exact.norm()
+    assert error < 2 * 2.0**-11  # slabs are halves before they are added
+
+
+@pytest.mark.parametrize("M", [1, 4, 5, 8, 12, 16])
+@pytest.mark.parametrize("group_size", [128, 32])
+def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
+    weight = random_weight(1536, 530, 4, group_size, act_order=True)
+    tiled = tile_weight(weight)
+    bias = torch.zeros(530, dtype=torch.float16)
+    x = random_rows(M, 1536, torch.float16)
+    problem = product.problem_of(M, torch.float16, 0, tiled)
+    for plan in dispatch.candidates(problem):
+        if isinstance(plan, MatmulPlan):
+            continue
+        gpu.kernels.launches.clear()
+        y = torch.empty(M, 530, dtype=torch.float16)
+        operands = product.Operands.of(tiled, bias, True)
+        product.prepare_launch(problem, plan, operands, 0)(x, 1536, bias, tiled, y)
+        (_, taken, digits), (kind, _, main) = gpu.kernels.launches
+        memory, tiles = gpu.scratch.memory, math.ceil(34 / plan.strips_of_program)
+        begin, end = memory.data_ptr(), memory.data_ptr() + 4 * memory.numel()
+        rows = 16 if isinstance(plan, WidePlan) else 4 * plan.tiles
+        subgroups = 128 // group_size
+        assert kind == ("wide" if isinstance(plan, WidePlan) else "decode")
+        assert taken["subgroups"] == subgroups
+        assert digits[:2] == (math.ceil(tiled.steps / 2), M)
+        assert digits[3:7] == (x.data_ptr(), tiled.order.data_ptr(), *main[3:5])
+        assert digits[7:] == (M, 1536, tiled.steps, 1536)
+        assert main[3] == begin
+        assert main[4] - main[3] == 4 * tiled.steps * rows * 64  # two digits of 128 columns, as words, for each row
+        lanes = 1 if isinstance(plan, WidePlan) else 8  # sums are there for every lane, or once
+        after = main[4] + 4 * tiled.steps * 2 * subgroups * rows * lanes
+        assert main[5:9] == (tiled.words.data_ptr(), tiled.meta.data_ptr(), bias.data_ptr(), y.data_ptr())
+        if plan.split == 1:
+            assert main[9:11] == (None, None)
+            assert end == after
+        else:
+            assert main[9] == after
+            assert end - after == 4 * plan.split * tiles * plan.strips_of_program * 16 * rows
+            assert main[10] == gpu.scratch.zeros.data_ptr()
+            assert gpu.scratch.zeros.numel() == tiles
+        assert main[11:] == (M, 530, tiled.steps, 34, 530)
+        assert main[1] == plan.split
+
+
+def test_a_warm_call_is_looked_up_with_the_weight(gpu, monkeypatch):
+    tiled = tile_weight(random_weight(256, 64, 4, 128))
+    x = random_rows(1, 256, torch.float16)
+    product.product(x, None, tiled)
+    other = tile_weight(random_weight(256, 64, 4, 128, seed=1))
+    prepared = product._prepared.cache_info().misses
+    product.product(x, None, other)  # of the same shape: compiled already
+    assert product._prepared.cache_info().misses == prepared
+    gpu.kernels.launches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(product, "_prepared", None)
+        product.product(x, None, tiled)
+    assert gpu.kernels.launches[-1][2][5] == tiled.words.data_ptr()
+
+
+def test_batch_invariance_takes_eight_rows_at_a_time(gpu):
+    tiled = tile_weight(random_weight(256, 64, 4, 128))
+    product.product(random_rows(19, 256, torch.float16), None, tiled, batch_invariant=True)
+    rows = [arguments[1] for name, _, arguments in gpu.kernels.launches if name == "digits"]
+    assert rows == [8, 8, 3]
+    plans = [options for name, options, _ in gpu.kernels.launches if name == "decode"]
+    assert len({(plan["warps_k"], plan["split"]) for plan in plans}) == 1
+
+
+def test_copies_take_nothing_compiled_along(gpu):
+    tiled = tile_weight(random_weight(256, 64, 4, 128))
+    product.product(random_rows(1, 256, torch.float16), None, tiled)
+    assert tiled.launches
+    for twin in (copy.deepcopy(tiled), pickle.loads(pickle.dumps(tiled))):
+        assert twin.launches == {}
+        assert torch.equal(twin.words, tiled.words)
+
+
+def test_no_rows(gpu):
+    tiled = tile_weight(random_weight(256, 64, 4, 128))
+    assert product.product(torch.empty(2, 0, 256), None, tiled).shape == (2, 0, 64)
+
+
+def test_a_table_outweighs_the_estimate(gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQ_TRITON_CACHE", str(tmp_path))
+    tables._table.cache_clear()
+    tiled = tile_weight(random_weight(256, 64, 4, 128))
+    plan = DecodePlan(1, 1, 1, 2, 1, 1, 1)
+    tables.save("h200", {tables.case(product.problem_of(1, torch.float16, 0, tiled)): plan})
+    product.product(random_rows(1, 256, torch.float16), None, tiled)
+    assert gpu.kernels.launches[-1][1]["warps_k"] == 2
+    tables._table.cache_clear()
+
+
+def test_what_cannot_be_tuned():
+    with pytest.raises(ValueError, match="layers must hold at least one QuantLinear on a GPU: nothing to tune"):
+        tuning.tune(torch.nn.Sequential(QuantLinear(4, 32, 64, 32)))
+    tiled = tile_weight(random_weight(256, 64, 4, 128))
+    with pytest.raises(ValueError, match=r"rows must lie in \[1, 64\], got \[65\]"):
+        tuning.tune([tiled], rows=[65])
+
+
+def test_tuning_keeps_the_fastest(gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQ_TRITON_CACHE", str(tmp_path))
+    tables._table.cache_clear()
+    timed: list[tuple[int, Any]] = []
+
+    def time(problem: dispatch.Problem, plan: Any, copies: list[TiledWeight]) -> float:
+        timed.append((problem.M, plan))
+        return math.inf if isinstance(plan, DecodePlan) and plan.split != 2 else 1.0 + len(timed)
+
+    monkeypatch.setattr(tuning, "_time", time)
+    monkeypatch.setattr(tuning, "_copies", lambda weight: [weight])
+    lines: list[str] = []
+    tiled = tile_weight(random_weight(4096, 64, 4, 128))
+    best = tuning.tune([tiled, tiled], rows=(1, 40), say=lines.append)
+    assert list(best) == ["64x4096 w4 m4", "64x4096 w4 m64"]
+    assert isinstance(best["64x4096 w4 m4"], DecodePlan)
+    assert best["64x4096 w4 m4"].split == 2
+    assert len(lines) == 2  # a shape is tuned once
+    assert tables.lookup("h200", product.problem_of(3, torch.float16, 0, tiled)) == best["64x4096 w4 m4"]
+    tables._table.cache_clear()

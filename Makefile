@@ -11,8 +11,8 @@ demo: $(STAMPS)/demo  ## quantize, save, load and run a real model
 	$(RUN)/gptq-triton demo --out $(VENV)/demo-model
 
 test: lint $(STAMPS)/dev  ## all that needs no GPU
-	$(RUN)/python -m pytest -q -m "not interpreter and not gpu" --cov --cov-report=term-missing:skip-covered
-	TRITON_INTERPRET=1 $(RUN)/python -m pytest -q -m interpreter tests/test_kernels_interpreter.py
+	$(RUN)/python -m pytest -q -n 2 -m "not interpreter and not gpu" --cov --cov-report=term-missing:skip-covered
+	TRITON_INTERPRET=1 $(RUN)/python -m pytest -q -m interpreter tests/test_kernels_interpreter.py tests/test_digits.py
 
 lint: $(STAMPS)/dev
 	$(RUN)/ruff check

@@ -1,5 +1,6 @@
 """The benchmark registry's arithmetic, bookkeeping and tables: all that needs no GPU."""
 
+import dataclasses
 import json
 import sys
 from dataclasses import asdict
@@ -345,3 +346,17 @@ def test_a_quantized_model_and_its_adapters():
     with torch.enable_grad():
         model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_every_kernel_of_every_case_is_compiled_ahead_once():
+    import tune
+
+    from gptq_triton import dispatch
+
+    found = tune.jobs([(28672, 4096, 4), (4096, 4096, 4), (4096, 4096, 8)], "sm_90", 132)
+    assert len(set(found)) == len(found)
+    kernels = {(problem.bits, dataclasses.replace(plan, split=min(plan.split, 2))) for problem, plan in found}
+    assert len(kernels) == len(found)
+    for problem, plan in found:
+        assert plan in set(dispatch.candidates(problem))
+    assert {problem.bits for problem, _ in found} == {4, 8}

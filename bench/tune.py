@@ -1,0 +1,93 @@
+"""Make the table of measured plans that the package ships for this GPU: ``gptq_triton/tuned/<gpu>.json``.
+
+    python bench/tune.py [--seconds 500] [--bits 4 8 3 2] [--only 4096x4096 ...] [--out FILE]
+
+Every candidate is compiled first, in as many processes as there are cores; then each layer of shapes.py is tuned at
+every width. The file is written after each layer, so a run that is cut off loses nothing; entries it does not reach
+stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from shapes import shapes
+
+from gptq_triton import dispatch, product, tables
+from gptq_triton.dispatch import DecodePlan, MatmulPlan, Problem, WidePlan
+from gptq_triton.layout import TiledWeight
+from gptq_triton.spec import BITS, QuantSpec
+from gptq_triton.tuning import tune
+
+TUNED = Path(__file__).parent.parent / "gptq_triton" / "tuned"
+GROUP = 128
+
+
+def random_tiles(N: int, K: int, bits: int) -> TiledWeight:
+    """A weight of random words on the GPU."""
+    strips, steps = -(-N // 16), -(-K // 128)
+    words = torch.randint(-(2**31), 2**31 - 1, (strips, steps, 64 * bits), dtype=torch.int32, device="cuda")
+    scales = (torch.rand(steps, strips * 16, device="cuda") * 0.01).half().view(torch.int16).int() << 16
+    zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.int32, device="cuda")
+    spec = QuantSpec(bits, GROUP)
+    return TiledWeight(words, scales | zeros, None, None, GROUP, spec, K, N, torch.float16)
+
+
+def compile_plan(job: tuple[Problem, DecodePlan | WidePlan]) -> None:
+    """Leave a plan's kernel in Triton's cache on disk."""
+    problem, plan = job
+    operands = product.Operands(problem.steps * 128, problem.strips * 16, None, torch.float16, False, True)
+    product.prepare_launch(problem, plan, operands, 0)
+
+
+def jobs(
+    cases: list[tuple[int, int, int]], arch: str, multiprocessors: int
+) -> list[tuple[Problem, DecodePlan | WidePlan]]:
+    """A problem for every kernel that is compiled ahead; matmul.py's compile when they are first launched."""
+    found = {}
+    for N, K, bits in cases:
+        for M in tables.BUCKETS:
+            problem = Problem(M, -(-N // 16), -(-K // 128), bits, GROUP, torch.float16, True, arch, multiprocessors)
+            for plan in dispatch.candidates(problem):
+                if not isinstance(plan, MatmulPlan):
+                    found.setdefault((bits, replace(plan, split=min(plan.split, 2))), (problem, plan))
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--bits", type=int, nargs="+", default=BITS)
+    parser.add_argument("--only", nargs="+", metavar="NxK")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    start = time.monotonic()
+    wanted = [shape for shape in shapes() if options.only is None or str(shape) in options.only]
+    cases = [(N, K, bits) for bits in options.bits for N, K in wanted]
+    spawn = multiprocessing.get_context("spawn")  # a process that has used the GPU must not fork
+    with spawn.Pool(min(os.cpu_count() or 1, 16)) as pool:
+        pool.map(compile_plan, jobs(cases, *product.gpu(0)), chunksize=1)
+    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    file = options.out or TUNED / f"{product.gpu_name(0)}.json"
+    plans = json.loads(file.read_text()) if file.exists() else tables.shipped(product.gpu_name(0))
+    for N, K, bits in cases:
+        if time.monotonic() - start > options.seconds:
+            print("out of time")
+            break
+        best = tune([random_tiles(N, K, bits)], save=False, say=print)
+        plans |= {name: asdict(plan) for name, plan in best.items()}
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(plan)}" for name, plan in plans.items())
+        fresh = file.with_suffix(".tmp")
+        fresh.write_text(f"{{\n{lines}\n}}\n")
+        os.replace(fresh, file)
+
+
+if __name__ == "__main__":
+    main()

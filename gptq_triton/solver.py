@@ -42,6 +42,7 @@ class SolverOptions:
         scale_dtype: What scales are rounded to before any code is chosen.
         checkpoint_format: How zero points are stored; default: "gptq" if symmetric, else "gptq_v2",
             because v1 has no agreed way to store a zero point of 0.
+        fused: Walk a block of columns in one kernel where the weight is on a GPU; of at most 128 columns.
 
     Raises:
         ValueError: A value is out of range.
@@ -55,6 +56,7 @@ class SolverOptions:
     min_tokens: int | None = None
     scale_dtype: torch.dtype = torch.float16
     checkpoint_format: str | None = None
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.damp <= 1:
@@ -296,23 +298,43 @@ def _order(importance: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple
     return order[torch.argsort(rank[g_idx[order]], stable=True)], g_idx
 
 
-def _inverse_factor(H: Tensor, damp: float) -> tuple[Tensor | None, float]:
+def _inverse_factor(H: Tensor, damp: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor | None, float]:
     """Upper U with (H + damping)^-1 = U^T U, float32, and the damping it took; None if none up to 1 helps.
 
-    One Cholesky of the reversed matrix gives H = R R^T with R upper, and U = R^-1.
+    One Cholesky of the matrix J H J, J reversing rows and columns, gives H = R R^T with R upper, and U = R^-1.
+
+    Args:
+        H: (K, K), symmetric, float32.
+        damp: The least damping, as a fraction of the mean of H's diagonal.
+        dtype: Of the arithmetic.
     """
     mean = H.diagonal().double().mean()
     while True:
-        damped = H.double()
+        damped = H.flip(0, 1).to(dtype)
         damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            upper = lower.flip(0, 1)
-            eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            return torch.linalg.solve_triangular(upper, eye, upper=True).float(), damp
+            return _invert_lower(lower).float().flip(0, 1), damp
         if damp >= 1:
             return None, damp
         damp = min(10 * damp, 1.0)
+
+
+def _invert_lower(matrix: Tensor, leaf: int = 512) -> Tensor:
+    """The inverse of a lower triangular (K, K): two products instead of solving for the zeros of the identity too.
+
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]
+    """
+    K = len(matrix)
+    if leaf >= K:
+        eye = torch.eye(K, dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(matrix, eye, upper=False)
+    half = K // 2
+    inverse = torch.zeros_like(matrix)
+    upper = inverse[:half, :half].copy_(_invert_lower(matrix[:half, :half], leaf))
+    lower = inverse[half:, half:].copy_(_invert_lower(matrix[half:, half:], leaf))
+    torch.mm(lower.neg() @ matrix[half:, :half], upper, out=inverse[half:, :half])
+    return inverse
 
 
 def _walk(
@@ -329,6 +351,9 @@ def _walk(
     Groups are found when their first column is reached, on weights that carry every error so far:
     blocks are cut so that a group lies inside one, or starts one.
     """
+    if options.fused and columns.is_cuda:
+        with torch.cuda.device(columns.device):
+            return _walk_fused(columns, factor, order, g_idx, nearest, spec, options)
     K = len(order)
     groups, positions = g_idx[order].tolist(), order.tolist()
     scales, zeros = nearest.scales.clone(), nearest.zeros.clone()
@@ -350,6 +375,55 @@ def _walk(
             columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     return _Rounded(codes, scales, zeros, g_idx)
+
+
+def _walk_fused(
+    columns: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    g_idx: Tensor,
+    nearest: _Rounded,
+    spec: QuantSpec,
+    options: SolverOptions,
+    **launch: int,
+) -> _Rounded:
+    """:func:`_walk`, a kernel and a product a block; ``launch`` is for the kernel.
+
+    The kernel finds the groups that lie inside a block. Longer ones start a block, and so does every group where the
+    range is clipped: what starts a block is found here, before it.
+    """
+    from .kernels import solve as kernel
+
+    K, N = columns.shape
+    device, limit = columns.device, min(options.block, kernel.BLOCK_K)
+    columns, factor, groups = columns.contiguous(), factor.contiguous(), g_idx[order]
+    scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (nearest.scales, nearest.zeros))
+    runs, blocks = None, _blocks([K], limit)
+    outside: dict[int, tuple[int, int]] = {}  # first column of a group found here: its end, its index
+    if not options.static_groups:
+        names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
+        ends = list(itertools.accumulate(lengths))
+        spans = [(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+        blocks = _blocks(lengths, limit)
+        if options.mse:
+            blocks = [(a + first, b + first) for first, end in spans for a, b in _blocks([end - first], limit)]
+        outside = {a: (b, g) for (a, b), g in zip(spans, names, strict=True) if options.mse or b - a > limit}
+        if len(outside) < len(spans):
+            lengths_at = {a: b - a for a, b in spans if a not in outside}
+            runs = torch.tensor([lengths_at.get(k, 0) for k in range(K)], dtype=torch.int32, device=device)
+    groups, positions = groups.to(torch.int32), order.to(torch.int32)
+    codes = torch.empty(K, N, dtype=torch.uint8, device=device)
+    errors, loss = torch.empty(limit, N, device=device), torch.zeros(N, device=device)
+    for start, stop in blocks:
+        if start in outside:
+            end, group = outside[start]
+            scales[group], zeros[group] = _group_params(columns[start:end], spec, options)
+        kernel.solve(
+            columns, factor, groups, runs, positions, scales, zeros, codes, errors, loss,
+            first=start, count=stop - start, maxq=spec.maxq, sym=spec.sym, **launch,
+        )  # fmt: skip
+        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
+    return _Rounded(codes, storable(scales, scales.dtype), zeros, g_idx)
 
 
 def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:

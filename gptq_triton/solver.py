@@ -224,12 +224,13 @@ def solve(
         W, rtn = original[:, start:stop], nearest.slice(start, stop)
         chosen = rtn if found is None else found.slice(start, stop)
         dequantized = chosen.dequantize()
-        error_rtn = _relative_energy(W - rtn.dequantize(), W, H)
+        size = _energy(W, H)
+        error_rtn = _relative(_energy(W - rtn.dequantize(), H), size)
         solutions[name] = Solution(
             weight=_pack(chosen, spec, options),
             dequantized=dequantized.t(),
             method="rtn" if found is None else "gptq",
-            error=error_rtn if found is None else _relative_energy(W - dequantized, W, H),
+            error=error_rtn if found is None else _relative(_energy(W - dequantized, H), size),
             error_rtn=error_rtn,
             damp=damp,
             tokens=hessian.tokens,
@@ -449,8 +450,16 @@ def _group_params(rows: Tensor, spec: QuantSpec, options: SolverOptions) -> tupl
 
 def _round_to_nearest(columns: Tensor, spec: QuantSpec, options: SolverOptions) -> _Rounded:
     g_idx = trivial_g_idx(len(columns), spec.group_size, columns.device).long()
-    found = [_group_params(rows, spec, options) for rows in columns.split(spec.rows_per_group(len(columns)))]
-    scales, zeros = (torch.stack(values) for values in zip(*found, strict=True))
+    length, N = spec.rows_per_group(len(columns)), columns.shape[1]
+    # all whole groups at once, as rows of one matrix; clipping makes temporaries of that size, so one by one
+    whole = 0 if options.mse else len(columns) // length
+    rest = columns[whole * length :].split(length) if whole * length < len(columns) else ()
+    found = [tuple(t[None] for t in _group_params(rows, spec, options)) for rows in rest]
+    if whole:
+        rows = columns[: whole * length].unflatten(0, (whole, length)).transpose(0, 1).flatten(1)
+        scale, zero = _group_params(rows, spec, options)
+        found.insert(0, (scale.view(whole, N), zero.view(whole, N)))
+    scales, zeros = (torch.cat(values) for values in zip(*found, strict=True))
     codes = encode(columns, scales.float()[g_idx], zeros[g_idx], spec.maxq)
     return _Rounded(codes.to(torch.uint8), scales, zeros, g_idx)
 
@@ -468,7 +477,10 @@ def _pack(rounded: _Rounded, spec: QuantSpec, options: SolverOptions) -> PackedW
     )
 
 
-def _relative_energy(error: Tensor, weight: Tensor, H: Tensor) -> float:
-    """tr(E^T H E) / tr(W^T H W)."""
-    size = float((H @ weight).mul_(weight).sum(dtype=torch.float64))
-    return float((H @ error).mul_(error).sum(dtype=torch.float64)) / size if size > 0 else 0.0
+def _energy(columns: Tensor, H: Tensor) -> float:
+    """tr(E^T H E)."""
+    return float((H @ columns).mul_(columns).sum(dtype=torch.float64))
+
+
+def _relative(error: float, size: float) -> float:
+    return error / size if size > 0 else 0.0

@@ -10,7 +10,18 @@ from torch import nn
 
 from gptq_triton.packing import trivial_g_idx, unpack, unpack_zeros
 from gptq_triton.reference import dequantize
-from gptq_triton.solver import GPTQ, Hessian, SolverOptions, _blocks, _inverse_factor, _invert_lower, _order, solve
+from gptq_triton.solver import (
+    GPTQ,
+    Hessian,
+    SolverOptions,
+    _blocks,
+    _group_params,
+    _inverse_factor,
+    _invert_lower,
+    _order,
+    _round_to_nearest,
+    solve,
+)
 from gptq_triton.spec import QuantSpec
 
 
@@ -87,6 +98,16 @@ def test_every_option_gives_a_valid_weight_no_worse_than_rounding(
         assert packed.g_idx is None  # trap 10
     assert solution.method == "gptq"
     assert solution.error <= solution.error_rtn * 1.02
+
+
+@given(K=st.integers(1, 70), group=st.sampled_from([1, 7, 16, 64, 100, -1]), sym=st.booleans(), mse=st.booleans())
+def test_rounding_to_nearest_finds_each_group_by_itself(K, group, sym, mse):
+    spec, options = QuantSpec(3, group, sym), SolverOptions(mse=mse)
+    columns = torch.randn(K, 5, generator=torch.Generator().manual_seed(K))
+    nearest = _round_to_nearest(columns, spec, options)
+    found = [_group_params(rows, spec, options) for rows in columns.split(spec.rows_per_group(K))]
+    assert torch.equal(nearest.scales, torch.stack([scale for scale, _ in found]))
+    assert torch.equal(nearest.zeros, torch.stack([zero for _, zero in found]))
 
 
 def test_errors_are_those_of_the_outputs():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptq_triton import reference
@@ -196,10 +196,14 @@ def random_factor(K, seed):
     given_groups=st.booleans(),
     N=st.integers(1, 20),
     scale_dtype=st.sampled_from(DTYPES),  # the interpreter truncates to bfloat16 where a GPU rounds
+    size=st.sampled_from((1, 1e-5)),  # scales below float16's normal numbers
     tile=SOLVE_TILES,
     seed=st.integers(0, 99),
 )
-def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_groups, N, scale_dtype, tile, seed):
+@example(4, False, [10, 20, 5], (4, 28), False, 9, torch.float16, 1e-5, {"block_n": 8}, 1)
+@example(3, True, [10, 20, 5], (10, 20), False, 9, torch.float16, 1, {"block_n": 16}, 0)
+@example(8, False, [10, 20, 5], (0, 35), True, 9, torch.float32, 1, {"block_n": 8}, 1)
+def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_groups, N, scale_dtype, size, tile, seed):
     from gptq_triton.kernels.solve import solve
 
     spec, options = QuantSpec(bits, -1, sym), SolverOptions(scale_dtype=scale_dtype)
@@ -212,7 +216,7 @@ def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_gro
     if given_groups:
         runs, groups = [0] * K, torch.randint(0, G, (K,), generator=generator(seed)).tolist()
     columns, factor = random_rows(K, N, torch.float32, seed=seed), random_factor(K, seed)
-    columns *= torch.rand(1, N, generator=generator(seed))
+    columns *= size * torch.rand(1, N, generator=generator(seed))
     columns[:, 0] = -columns[:, 0].abs() if seed % 2 else 0  # ranges that end at 0, or hold nothing else
     scales = (torch.rand(G, N, generator=generator(seed)) + 0.01).to(scale_dtype)
     zeros = torch.randint(0, spec.maxq + 1, (G, N), generator=generator(seed)).float()

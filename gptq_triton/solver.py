@@ -42,6 +42,7 @@ class SolverOptions:
         scale_dtype: What scales are rounded to before any code is chosen.
         checkpoint_format: How zero points are stored; default: "gptq" if symmetric, else "gptq_v2",
             because v1 has no agreed way to store a zero point of 0.
+        fused: Walk a block of columns in one kernel where the weight is on a GPU; of at most 128 columns.
 
     Raises:
         ValueError: A value is out of range.
@@ -55,6 +56,7 @@ class SolverOptions:
     min_tokens: int | None = None
     scale_dtype: torch.dtype = torch.float16
     checkpoint_format: str | None = None
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.damp <= 1:
@@ -222,12 +224,13 @@ def solve(
         W, rtn = original[:, start:stop], nearest.slice(start, stop)
         chosen = rtn if found is None else found.slice(start, stop)
         dequantized = chosen.dequantize()
-        error_rtn = _relative_energy(W - rtn.dequantize(), W, H)
+        size = _energy(W, H)
+        error_rtn = _relative(_energy(W - rtn.dequantize(), H), size)
         solutions[name] = Solution(
             weight=_pack(chosen, spec, options),
             dequantized=dequantized.t(),
             method="rtn" if found is None else "gptq",
-            error=error_rtn if found is None else _relative_energy(W - dequantized, W, H),
+            error=error_rtn if found is None else _relative(_energy(W - dequantized, H), size),
             error_rtn=error_rtn,
             damp=damp,
             tokens=hessian.tokens,
@@ -296,23 +299,43 @@ def _order(importance: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple
     return order[torch.argsort(rank[g_idx[order]], stable=True)], g_idx
 
 
-def _inverse_factor(H: Tensor, damp: float) -> tuple[Tensor | None, float]:
+def _inverse_factor(H: Tensor, damp: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor | None, float]:
     """Upper U with (H + damping)^-1 = U^T U, float32, and the damping it took; None if none up to 1 helps.
 
-    One Cholesky of the reversed matrix gives H = R R^T with R upper, and U = R^-1.
+    One Cholesky of the matrix J H J, J reversing rows and columns, gives H = R R^T with R upper, and U = R^-1.
+
+    Args:
+        H: (K, K), symmetric, float32.
+        damp: The least damping, as a fraction of the mean of H's diagonal.
+        dtype: Of the arithmetic.
     """
     mean = H.diagonal().double().mean()
     while True:
-        damped = H.double()
+        damped = H.flip(0, 1).to(dtype)
         damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            upper = lower.flip(0, 1)
-            eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            return torch.linalg.solve_triangular(upper, eye, upper=True).float(), damp
+            return _invert_lower(lower).float().flip(0, 1), damp
         if damp >= 1:
             return None, damp
         damp = min(10 * damp, 1.0)
+
+
+def _invert_lower(matrix: Tensor, leaf: int = 512) -> Tensor:
+    """The inverse of a lower triangular (K, K): two products instead of solving for the zeros of the identity too.
+
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]
+    """
+    K = len(matrix)
+    if leaf >= K:
+        eye = torch.eye(K, dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(matrix, eye, upper=False)
+    half = K // 2
+    inverse = torch.zeros_like(matrix)
+    upper = inverse[:half, :half].copy_(_invert_lower(matrix[:half, :half], leaf))
+    lower = inverse[half:, half:].copy_(_invert_lower(matrix[half:, half:], leaf))
+    torch.mm(lower.neg() @ matrix[half:, :half], upper, out=inverse[half:, :half])
+    return inverse
 
 
 def _walk(
@@ -329,6 +352,9 @@ def _walk(
     Groups are found when their first column is reached, on weights that carry every error so far:
     blocks are cut so that a group lies inside one, or starts one.
     """
+    if options.fused and columns.is_cuda:
+        with torch.cuda.device(columns.device):
+            return _walk_fused(columns, factor, order, g_idx, nearest, spec, options)
     K = len(order)
     groups, positions = g_idx[order].tolist(), order.tolist()
     scales, zeros = nearest.scales.clone(), nearest.zeros.clone()
@@ -350,6 +376,55 @@ def _walk(
             columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     return _Rounded(codes, scales, zeros, g_idx)
+
+
+def _walk_fused(
+    columns: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    g_idx: Tensor,
+    nearest: _Rounded,
+    spec: QuantSpec,
+    options: SolverOptions,
+    **launch: int,
+) -> _Rounded:
+    """:func:`_walk`, a kernel and a product a block; ``launch`` is for the kernel.
+
+    The kernel finds the groups that lie inside a block. Longer ones start a block, and so does every group where the
+    range is clipped: what starts a block is found here, before it.
+    """
+    from .kernels import solve as kernel
+
+    K, N = columns.shape
+    device, limit = columns.device, min(options.block, kernel.BLOCK_K)
+    columns, factor, groups = columns.contiguous(), factor.contiguous(), g_idx[order]
+    scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (nearest.scales, nearest.zeros))
+    runs, blocks = None, _blocks([K], limit)
+    outside: dict[int, tuple[int, int]] = {}  # first column of a group found here: its end, its index
+    if not options.static_groups:
+        names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
+        ends = list(itertools.accumulate(lengths))
+        spans = [(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+        blocks = _blocks(lengths, limit)
+        if options.mse:
+            blocks = [(a + first, b + first) for first, end in spans for a, b in _blocks([end - first], limit)]
+        outside = {a: (b, g) for (a, b), g in zip(spans, names, strict=True) if options.mse or b - a > limit}
+        if len(outside) < len(spans):
+            lengths_at = {a: b - a for a, b in spans if a not in outside}
+            runs = torch.tensor([lengths_at.get(k, 0) for k in range(K)], dtype=torch.int32, device=device)
+    groups, positions = groups.to(torch.int32), order.to(torch.int32)
+    codes = torch.empty(K, N, dtype=torch.uint8, device=device)
+    errors, loss = torch.empty(limit, N, device=device), torch.zeros(N, device=device)
+    for start, stop in blocks:
+        if start in outside:
+            end, group = outside[start]
+            scales[group], zeros[group] = _group_params(columns[start:end], spec, options)
+        kernel.solve(
+            columns, factor, groups, runs, positions, scales, zeros, codes, errors, loss,
+            first=start, count=stop - start, maxq=spec.maxq, sym=spec.sym, **launch,
+        )  # fmt: skip
+        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
+    return _Rounded(codes, storable(scales, scales.dtype), zeros, g_idx)
 
 
 def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:
@@ -375,8 +450,16 @@ def _group_params(rows: Tensor, spec: QuantSpec, options: SolverOptions) -> tupl
 
 def _round_to_nearest(columns: Tensor, spec: QuantSpec, options: SolverOptions) -> _Rounded:
     g_idx = trivial_g_idx(len(columns), spec.group_size, columns.device).long()
-    found = [_group_params(rows, spec, options) for rows in columns.split(spec.rows_per_group(len(columns)))]
-    scales, zeros = (torch.stack(values) for values in zip(*found, strict=True))
+    length, N = spec.rows_per_group(len(columns)), columns.shape[1]
+    # all whole groups at once, as rows of one matrix; clipping makes temporaries of that size, so one by one
+    whole = 0 if options.mse else len(columns) // length
+    rest = columns[whole * length :].split(length) if whole * length < len(columns) else ()
+    found = [tuple(t[None] for t in _group_params(rows, spec, options)) for rows in rest]
+    if whole:
+        rows = columns[: whole * length].unflatten(0, (whole, length)).transpose(0, 1).flatten(1)
+        scale, zero = _group_params(rows, spec, options)
+        found.insert(0, (scale.view(whole, N), zero.view(whole, N)))
+    scales, zeros = (torch.cat(values) for values in zip(*found, strict=True))
     codes = encode(columns, scales.float()[g_idx], zeros[g_idx], spec.maxq)
     return _Rounded(codes.to(torch.uint8), scales, zeros, g_idx)
 
@@ -394,7 +477,10 @@ def _pack(rounded: _Rounded, spec: QuantSpec, options: SolverOptions) -> PackedW
     )
 
 
-def _relative_energy(error: Tensor, weight: Tensor, H: Tensor) -> float:
-    """tr(E^T H E) / tr(W^T H W)."""
-    size = float((H @ weight).mul_(weight).sum(dtype=torch.float64))
-    return float((H @ error).mul_(error).sum(dtype=torch.float64)) / size if size > 0 else 0.0
+def _energy(columns: Tensor, H: Tensor) -> float:
+    """tr(E^T H E)."""
+    return float((H @ columns).mul_(columns).sum(dtype=torch.float64))
+
+
+def _relative(error: float, size: float) -> float:
+    return error / size if size > 0 else 0.0

@@ -10,7 +10,18 @@ from torch import nn
 
 from gptq_triton.packing import trivial_g_idx, unpack, unpack_zeros
 from gptq_triton.reference import dequantize
-from gptq_triton.solver import GPTQ, Hessian, SolverOptions, _blocks, _inverse_factor, _order, solve
+from gptq_triton.solver import (
+    GPTQ,
+    Hessian,
+    SolverOptions,
+    _blocks,
+    _group_params,
+    _inverse_factor,
+    _invert_lower,
+    _order,
+    _round_to_nearest,
+    solve,
+)
 from gptq_triton.spec import QuantSpec
 
 
@@ -89,6 +100,16 @@ def test_every_option_gives_a_valid_weight_no_worse_than_rounding(
     assert solution.error <= solution.error_rtn * 1.02
 
 
+@given(K=st.integers(1, 70), group=st.sampled_from([1, 7, 16, 64, 100, -1]), sym=st.booleans(), mse=st.booleans())
+def test_rounding_to_nearest_finds_each_group_by_itself(K, group, sym, mse):
+    spec, options = QuantSpec(3, group, sym), SolverOptions(mse=mse)
+    columns = torch.randn(K, 5, generator=torch.Generator().manual_seed(K))
+    nearest = _round_to_nearest(columns, spec, options)
+    found = [_group_params(rows, spec, options) for rows in columns.split(spec.rows_per_group(K))]
+    assert torch.equal(nearest.scales, torch.stack([scale for scale, _ in found]))
+    assert torch.equal(nearest.zeros, torch.stack([zero for _, zero in found]))
+
+
 def test_errors_are_those_of_the_outputs():
     weight, hessian, x = problem()
     solution = one(weight, hessian, QuantSpec(3, 32, False))
@@ -132,12 +153,55 @@ def test_blocks_tile_the_columns_and_no_group_starts_inside_and_leaves(runs, blo
         first += run
 
 
-def test_factor_is_the_cholesky_factor_of_the_inverse():
-    _, hessian, _ = problem(K=40)
-    factor, damp = _inverse_factor(hessian.sum, 0.01)
+@settings(max_examples=30, deadline=None)
+@given(
+    K=st.integers(1, 90),
+    decades=st.integers(0, 4),
+    rank=st.floats(0.2, 4),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_factor_is_the_cholesky_factor_of_the_inverse(K, decades, rank, dtype, seed):
+    # inputs whose energies lie up to 2 * decades apart, fewer of them than columns where rank < 1
+    generator = torch.Generator().manual_seed(seed)
+    spread = 10 ** (-decades * torch.rand(K, generator=generator))
+    hessian = Hessian(K)
+    hessian.add(torch.randn(max(1, int(rank * K)), K, generator=generator) * spread)
+    factor, damp = _inverse_factor(hessian.sum, 0.01, dtype)
+    assert factor is not None
+    assert damp == 0.01
+    assert torch.equal(factor, factor.triu())
     H = hessian.sum.double()
-    H = H + damp * H.diagonal().mean() * torch.eye(40, dtype=torch.float64)
-    assert torch.allclose(factor.double(), torch.linalg.cholesky(torch.linalg.inv(H), upper=True), rtol=1e-4, atol=1e-9)
+    H.diagonal().add_(damp * H.diagonal().mean())
+    expected = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    # float64 leaves the rounding of the result; float32 multiplies its own by the condition of H, at most 1 + K / damp
+    unit = 2**-24 * (1 if dtype == torch.float64 else 1 + K / damp)
+    assert (factor - expected).norm() <= unit * expected.norm()
+
+
+@pytest.mark.parametrize("decades", [0, 2, 4])
+def test_factor_is_no_worse_than_by_way_of_the_inverse(decades):
+    K, generator = 200, torch.Generator().manual_seed(decades)
+    x = torch.randn(2 * K, K, generator=generator) @ torch.randn(K, K, generator=generator)
+    hessian = Hessian(K)
+    hessian.add(x * 10 ** (-decades * torch.rand(K, generator=generator)))
+    H = hessian.sum.double()
+    H.diagonal().add_(0.01 * H.diagonal().mean())
+    eye = torch.eye(K, dtype=torch.float64)
+    theirs = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).float()
+    ours, single = (_inverse_factor(hessian.sum, 0.01, dtype)[0] for dtype in (torch.float64, torch.float32))
+    left = [float((U.double().t() @ U.double() @ H - eye).norm()) for U in (ours, theirs, single)]
+    assert left[0] <= 1.01 * left[1]  # both end as float32
+    assert left[0] < left[2] < 100 * left[0]  # why the arithmetic is float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_triangle_is_inverted_in_parts(dtype):
+    matrix = torch.randn(100, 100, generator=torch.Generator().manual_seed(0)).tril().to(dtype)
+    matrix.diagonal().abs_().add_(10)
+    inverse = _invert_lower(matrix, leaf=7)
+    assert torch.equal(inverse, inverse.tril())
+    assert (inverse @ matrix - torch.eye(100, dtype=dtype)).abs().max() < 100 * torch.finfo(dtype).eps
 
 
 def test_damping_rises_until_the_factorisation_succeeds():
@@ -145,6 +209,7 @@ def test_damping_rises_until_the_factorisation_succeeds():
     factor, damp = _inverse_factor(H, 0.01)
     assert factor is not None
     assert damp == pytest.approx(0.1)
+    assert _inverse_factor(H, 0.01, torch.float32)[1] == pytest.approx(0.1)
     assert _inverse_factor(-torch.eye(3), 0.01) == (None, 1.0)
 
 
@@ -192,6 +257,13 @@ def test_layers_that_share_an_input_may_be_solved_together():
         same = unpack(together[name].weight.qweight, 4, 96) == unpack(alone.weight.qweight, 4, 96)
         assert same.float().mean() > 0.999  # matrix products of another width may round otherwise
         assert together[name].error == pytest.approx(alone.error, rel=1e-3)
+
+
+def test_without_a_gpu_fused_is_eager():
+    weight, hessian, _ = problem()
+    eager, fused = (one(weight, hessian, QuantSpec(4, 32), SolverOptions(fused=fused)) for fused in (False, True))
+    assert fused.method == "gptq"
+    assert torch.equal(eager.dequantized, fused.dequantized)
 
 
 def test_codes_are_chosen_for_the_scales_that_are_stored():

@@ -1,0 +1,208 @@
+"""One block of columns of GPTQ, rounded one after another, each error moved onto the columns of the block that follow.
+
+    q[j] = scale * (code[j] - zero)    e[j] = (w[j] - q[j]) / U[j, j]    w[i] -= U[j, i] e[j] for i > j in the block
+
+`gptq_triton.solver` runs it where a weight is on a GPU and ``SolverOptions.fused`` asks for it; columns after the block
+are its caller's, by one product with the errors. Rows of a weight do not interact, so a program keeps some of them.
+Source: Frantar et al., "GPTQ" (2022), algorithm 1, its inner loop.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _round(x):
+    """To the nearest integer, ties to even, for abs(x) < 2^22: there 1.5 * 2^23 leaves no fraction bit."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
+    """Scale, rounded to the dtype that stores it, and zero point for low <= 0 <= high, as the quantizer finds them."""
+    if SYM:
+        high = tl.maximum(-low, high)
+        low = -high
+    unused = high == low
+    low = tl.where(unused, -1.0, low)
+    high = tl.where(unused, 1.0, high)
+    exact = tl.maximum(tl.div_rn(high - low, tl.zeros_like(low) + maxq), 1.1754943508222875e-38)  # float32's tiny
+    if SYM:
+        zero = tl.zeros_like(low) + (maxq + 1) // 2
+    else:
+        zero = _round(tl.div_rn(-low, exact))
+    tiny: tl.constexpr = 6.103515625e-05 if dtype == tl.float16 else 1.1754943508222875e-38
+    return tl.maximum(exact.to(dtype).to(tl.float32), tiny), zero
+
+
+@triton.jit(do_not_specialize=["first", "count", "maxq"])
+def solve_kernel(
+    columns_ptr,
+    factor_ptr,
+    groups_ptr,
+    runs_ptr,
+    positions_ptr,
+    scales_ptr,
+    zeros_ptr,
+    codes_ptr,
+    errors_ptr,
+    loss_ptr,
+    first,
+    count,
+    maxq,
+    N,
+    stride_factor,
+    FIND: tl.constexpr,
+    SYM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_N rows of the weight a program, and every column of the block.
+
+    A column costs about four instructions for each value of the tile: a comparison, a select and a sum pick it out of
+    the registers, one FMA updates what follows. Unrolling would save the first three for 128 copies of the loop.
+    """
+    # Which rows are mine
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n = offs_n < N
+    mask_k = offs_k < count
+
+    # Load the block, and what the first step needs
+    columns_ptrs = columns_ptr + (first + offs_k).to(tl.int64)[:, None] * N + offs_n[None, :]
+    tile = tl.load(columns_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+    group = tl.load(groups_ptr + first).to(tl.int64)  # it may have started in the block before
+    scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=1.0).to(tl.float32)
+    zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
+    row_ptr = factor_ptr + first.to(tl.int64) * (stride_factor + 1)
+    row = tl.load(row_ptr + offs_k, mask=mask_k & (offs_k > 0), other=0.0)
+    diagonal = tl.load(row_ptr)
+    errors_ptrs = errors_ptr + offs_n
+    loss = tl.load(loss_ptr + offs_n, mask=mask_n, other=0.0)
+
+    # Walk the columns
+    for j in range(count):
+        # a row of the factor ahead: its way from memory hides behind this column
+        more = j + 1 < count
+        row_ptr += stride_factor
+        next_row = tl.load(row_ptr + offs_k, mask=mask_k & (offs_k > j + 1) & more, other=0.0)
+        next_diagonal = tl.load(row_ptr + j + 1, mask=more, other=1.0)
+        group = tl.load(groups_ptr + first + j).to(tl.int64)
+        position = tl.load(positions_ptr + first + j).to(tl.int64)
+        if FIND:
+            run = tl.load(runs_ptr + first + j)
+            if run > 0:
+                inside = (offs_k >= j) & (offs_k < j + run)
+                members = tl.where(inside[:, None], tile, 0.0)  # a range holds 0 in any case
+                low, high = tl.min(members, axis=0), tl.max(members, axis=0)
+                scale, zero = _grid_of(  # pyright: ignore[reportGeneralTypeIssues]
+                    low, high, maxq, scales_ptr.dtype.element_ty, SYM
+                )
+                tl.store(scales_ptr + group * N + offs_n, scale.to(scales_ptr.dtype.element_ty), mask=mask_n)
+                tl.store(zeros_ptr + group * N + offs_n, zero, mask=mask_n)
+        else:
+            scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=1.0).to(tl.float32)
+            zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
+        column = tl.sum(tl.where((offs_k == j)[:, None], tile, 0.0), axis=0)
+        steps = tl.minimum(tl.maximum(tl.div_rn(column, scale), -1024.0), 1024.0)  # beyond any code: same code
+        code = tl.minimum(tl.maximum(_round(steps) + zero, 0.0), maxq.to(tl.float32))
+        error = tl.div_rn(column - (code - zero) * scale, tl.zeros_like(column) + diagonal)
+        loss += error * error
+        tile -= row[:, None] * error[None, :]
+        tl.store(codes_ptr + position * N + offs_n, code.to(tl.uint8), mask=mask_n)
+        tl.store(errors_ptrs, error, mask=mask_n)
+        errors_ptrs += N
+        row = next_row
+        diagonal = next_diagonal
+
+    # Store what is left: codes and errors already are
+    tl.store(loss_ptr + offs_n, loss, mask=mask_n)
+
+
+def solve(
+    columns: Tensor,
+    factor: Tensor,
+    groups: Tensor,
+    runs: Tensor | None,
+    positions: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    loss: Tensor,
+    *,
+    first: int,
+    count: int,
+    maxq: int,
+    sym: bool,
+    block_n: int = 16,
+    num_warps: int = 1,
+) -> None:
+    """Launch on the current device and stream; all matrices but factor are contiguous.
+
+    Args:
+        columns: float32 (K, N), in processing order; errors of columns before the block are already moved onto it.
+        factor: float32 (K, K), upper, unit stride along its rows; what is below the diagonal is not read.
+        groups: int32 (K,), each column's group.
+        runs: int32 (K,), where a group starts that is found here: its columns, all in this block; elsewhere 0.
+            None: every group is given.
+        positions: int32 (K,), the row of codes that a column writes.
+        scales: (G, N), floating; found groups are overwritten. A scale beyond its dtype is stored as infinity.
+        zeros: float32 (G, N); found groups are overwritten.
+        codes: uint8 (K, N), overwritten at positions.
+        errors: float32 (count or more, N), overwritten.
+        loss: float32 (N,), the sum of squared errors is added.
+        first: First column of the block.
+        count: Columns of the block, 1 to BLOCK_K.
+        maxq: Largest code.
+        sym: Whether zero points that are found are (maxq + 1) / 2.
+        block_n: Rows of the weight a program, a power of two.
+        num_warps: Warps per program.
+    """
+    N = columns.shape[1]
+    solve_kernel[(triton.cdiv(N, block_n),)](
+        columns_ptr=columns,
+        factor_ptr=factor,
+        groups_ptr=groups,
+        runs_ptr=runs,
+        positions_ptr=positions,
+        scales_ptr=scales,
+        zeros_ptr=zeros,
+        codes_ptr=codes,
+        errors_ptr=errors,
+        loss_ptr=loss,
+        first=first,
+        count=count,
+        maxq=maxq,
+        N=N,
+        stride_factor=factor.stride(0),
+        FIND=runs is not None,
+        SYM=sym,
+        BLOCK_K=BLOCK_K,
+        BLOCK_N=block_n,
+        num_warps=num_warps,  # pyright: ignore[reportCallIssue] an option of the launch
+    )
+
+
+BLOCK_K = 128  # columns of the longest block
+
+_POINTERS = {
+    "columns_ptr": "fp32",
+    "factor_ptr": "fp32",
+    "groups_ptr": "i32",
+    "runs_ptr": "i32",
+    "positions_ptr": "i32",
+    "scales_ptr": "x",
+    "zeros_ptr": "fp32",
+    "codes_ptr": "u8",
+    "errors_ptr": "fp32",
+    "loss_ptr": "fp32",
+}
+# What CI compiles ahead of time: types of pointers ("x" is the dtype of scales) and constants
+VARIANTS = tuple(
+    {"kernel": solve_kernel, **_POINTERS, "FIND": find, "SYM": sym, "BLOCK_K": BLOCK_K}
+    for find, sym in ((True, False), (True, True), (False, False))
+)
+# Rows a program and warps: the launcher's default, and what else may be tried
+TILES = ((16, 1), (8, 1), (32, 4))

@@ -108,15 +108,24 @@ def main() -> None:
     parser.add_argument("part", choices=["layers", "models"])
     parser.add_argument("--handbook", type=Path, default=HANDBOOK)
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 2])
+    parser.add_argument("--cache", type=Path, help="file that keeps the layers' weights and Hessians between runs")
     parser.add_argument("--only", nargs="*", help="switches to measure (default: all that are missing)")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "refinement.json")
     options = parser.parse_args()
 
-    full, tokenizer = load_smollm2(torch.float32)
-    seen, unseen = texts(tokenizer, options.handbook)
     layers = options.part == "layers"
-    inputs = collect(full, seen, unseen) if layers else []
-    expected = [] if layers else [log_probabilities(full, segment) for segment in unseen]
+    full, seen, unseen, inputs, expected = None, [], [], [], []
+    if layers and options.cache and options.cache.exists():
+        inputs = torch.load(options.cache, weights_only=False)
+    else:
+        full, tokenizer = load_smollm2(torch.float32)
+        seen, unseen = texts(tokenizer, options.handbook)
+        if layers:
+            inputs = collect(full, seen, unseen)
+        else:
+            expected = [log_probabilities(full, segment) for segment in unseen]
+    if layers and options.cache:
+        torch.save(inputs, options.cache)
     here = provenance("")
     where = {key: here[key] for key in ("commit", "dirty", "cpu", "python", "torch")}
     switches = {

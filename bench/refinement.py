@@ -4,8 +4,9 @@ Layers: those of blocks 0, 11, 17 and 29, with Hessians of the full-precision in
 of 512 tokens (16 of State of the Union speeches 1982-2000, seed 0; 16 of the first 60% of the Debian handbook, seed
 1). Held out: 16 evenly spaced segments of 512 tokens (8 of the speeches from 2002 on, 8 of the rest of the handbook).
 A figure is the geometric mean over layers of ``tr(E H E^T) / tr(W H W^T)`` under the Hessian of either text, and that
-over the figure of the row "off" of the same width; seconds are those of solving all of them. Whole models: 16 of the
-calibration segments (8 and 8), perplexity and KL(full || quantized) on the same held-out segments. Group 128,
+over the figure of the row "off" of the same width; seconds are those of solving all of them. Whole models: the
+first calibration segments (half of either text), perplexity and KL(full || quantized) on held-out segments, as many as
+the row says. Group 128,
 asymmetric, groups in order unless a row says act-order.
 
 Rows already in the result file are kept, so that a run that was stopped goes on.
@@ -18,6 +19,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,49 +105,61 @@ def layer_row(inputs: list[dict[str, Any]], config: QuantizeConfig) -> dict[str,
     return {"calibration": seen, "held_out": unseen, "layers": len(logs[0]), "seconds": round(seconds, 1)}
 
 
+def of_layers(options: argparse.Namespace) -> Callable[[QuantizeConfig], dict[str, Any]]:
+    """Measures layers: collects what they need, or reads it from the cache."""
+    if options.cache and options.cache.exists():
+        inputs = torch.load(options.cache, weights_only=False)
+    else:
+        model, tokenizer = load_smollm2(torch.float32)
+        inputs = collect(model, *texts(tokenizer, options.handbook))
+        if options.cache:
+            torch.save(inputs, options.cache)
+    return lambda config: layer_row(inputs, config)
+
+
+def of_models(options: argparse.Namespace) -> Callable[[QuantizeConfig], dict[str, Any]]:
+    """Measures whole models."""
+    full, tokenizer = load_smollm2(torch.float32)
+    seen, unseen = texts(tokenizer, options.handbook)
+    half = len(unseen) // 2
+    parts = {"speeches": unseen[:half][:: options.every], "handbook": unseen[half:][:: options.every]}
+    expected = {name: [log_probabilities(full, s) for s in segments] for name, segments in parts.items()}
+
+    def measure(config: QuantizeConfig) -> dict[str, Any]:
+        model, started = copy.deepcopy(full), time.perf_counter()
+        quantize_model(model, seen[: options.segments], config)
+        seconds = time.perf_counter() - started
+        row = {"segments": options.segments, "held_out_segments": sum(map(len, parts.values())), "seconds": seconds}
+        for name, segments in parts.items():
+            quality = asdict(evaluate(model, segments, expected[name]))
+            row |= {f"{name}_{key}": quality[key] for key in ("perplexity", "kl", "top1")}
+        return row
+
+    return measure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["layers", "models"])
     parser.add_argument("--handbook", type=Path, default=HANDBOOK)
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 2])
-    parser.add_argument("--cache", type=Path, help="file that keeps the layers' weights and Hessians between runs")
+    parser.add_argument("--cache", type=Path, help="layers: file that keeps weights and Hessians between runs")
+    parser.add_argument("--segments", type=int, default=16, help="models: calibration segments (default %(default)s)")
+    parser.add_argument("--every", type=int, default=1, help="models: evaluate every n-th held-out segment")
     parser.add_argument("--only", nargs="*", help="switches to measure (default: all that are missing)")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "refinement.json")
     options = parser.parse_args()
 
-    layers = options.part == "layers"
-    full, seen, unseen, inputs, expected = None, [], [], [], []
-    if layers and options.cache and options.cache.exists():
-        inputs = torch.load(options.cache, weights_only=False)
-    else:
-        full, tokenizer = load_smollm2(torch.float32)
-        seen, unseen = texts(tokenizer, options.handbook)
-        if layers:
-            inputs = collect(full, seen, unseen)
-        else:
-            expected = [log_probabilities(full, segment) for segment in unseen]
-    if layers and options.cache:
-        torch.save(inputs, options.cache)
+    measure = (of_layers if options.part == "layers" else of_models)(options)
     here = provenance("")
     where = {key: here[key] for key in ("commit", "dirty", "cpu", "python", "torch")}
-    switches = {
-        name: fields for name, fields in SWITCHES.items() if name in (options.only or (SWITCHES if layers else WHOLE))
-    }
+    wanted = options.only or (SWITCHES if options.part == "layers" else WHOLE)
     for bits in options.bits:
-        for name, fields in switches.items():
+        for name in wanted:
             row: dict[str, Any] = {"part": options.part, "bits": bits, "switch": name}
             if any(row.items() <= old.items() for old in _rows(options.out)):
                 continue
-            config = QuantizeConfig(bits, 128, sym=False, **fields)
-            if layers:
-                row |= layer_row(inputs, config)
-            else:
-                model, started = copy.deepcopy(full), time.perf_counter()
-                quantize_model(model, seen[:16], config)
-                row["seconds"] = round(time.perf_counter() - started, 1)
-                for text, part in (("speeches", slice(0, 8)), ("handbook", slice(8, 16))):
-                    quality = asdict(evaluate(model, unseen[part], expected[part]))
-                    row |= {f"{text}_{key}": quality[key] for key in ("perplexity", "kl", "top1")}
+            row |= measure(QuantizeConfig(bits, 128, sym=False, **SWITCHES[name]))
             print(row, flush=True)
             _add(options.out, row | where)
 

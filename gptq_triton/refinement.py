@@ -22,8 +22,8 @@ from .quantizer import encode, group_params, quantize
 from .spec import QuantSpec
 
 BLOCK = 128  # columns between two updates of the whole gradient
-CANDIDATES = 40  # ranges that are tried
-MOST_CLIPPED = 0.8  # of a range
+CANDIDATES = 24  # ranges that are tried
+MOST_CLIPPED = 0.6  # of a range
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,6 +135,10 @@ def test_rounds_raise_no_output_s_loss_whatever_the_walk_gives(problem, rounds):
 
     refined = refine(columns, H, rounded, spec, order, walk, rounds)
     assert_no_worse(columns, H, refined, rounded)
+    fitted = refit_scales(columns, H, rounded, spec)
+    kept, fresh = (losses(columns, H, descend(columns, H, r, spec, order)) for r in (fitted, walk(fitted)))
+    once = refine(columns, H, rounded, spec, order, walk, 1)
+    assert torch.equal(losses(columns, H, once), torch.minimum(kept, fresh))  # each output has the better one
 
 
 def problem(K=96, N=24, seed=0):

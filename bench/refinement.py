@@ -1,13 +1,13 @@
 """What each refinement of the solver does on SmolLM2-135M: to layers, one switch at a time, and to the whole model.
 
-Layers: those of blocks 11 and 29, with Hessians of the full-precision inputs. Calibration: 32 random segments
-of 512 tokens (16 of State of the Union speeches 1982-2000, seed 0; 16 of the first 60% of the Debian handbook, seed
-1). Held out: 16 evenly spaced segments of 512 tokens (8 of the speeches from 2002 on, 8 of the rest of the handbook).
-A figure is the geometric mean over layers of ``tr(E H E^T) / tr(W H W^T)`` under the Hessian of either text, and that
-over the figure of the row "off" of the same width; seconds are those of solving all of them. Whole models: the
-first calibration segments (half of either text), perplexity and KL(full || quantized) on held-out segments, as many as
-the row says. Group 128,
-asymmetric, groups in order unless a row says act-order.
+Layers: those of blocks 11 and 29, with Hessians of the full-precision inputs. Calibration: 32 random segments of 512
+tokens (16 of State of the Union speeches 1982-2000, seed 0; 16 of the first 60% of the Debian handbook, seed 1). Held
+out: 16 evenly spaced segments of 512 tokens (8 of the speeches from 2002 on, 8 of the rest of the handbook). A figure
+is the geometric mean over layers of ``tr(E H E^T) / tr(W H W^T)`` under the Hessian of either text, and that over the
+figure of the row "off" of the same width; seconds are those of solving all of them, on cores that other work shared:
+a row may have taken several times what it needs. Whole models: the first calibration segments (half of either text),
+perplexity and KL(full || quantized) on held-out segments, as many as the row says. Group 128, asymmetric, groups in
+order unless a row says act-order.
 
 Rows already in the result file are kept, so that a run that was stopped goes on.
 """

@@ -61,7 +61,7 @@ class QuantizeConfig:
         mse: Clip each group's range where that lowers the rounding error.
         clip: The same, with errors weighed by what they cost the layer's output; excludes ``mse``.
         refine: Rounds that choose scales, zero points and codes again under the Hessian; each costs
-            about three times the solving. Off by default; 1 or 2 are worth it at 2 to 4 bits.
+            about three times the solving. ``bench/results/cpu/refinement.json`` has what both are worth.
         lm_head: Quantize the output head too.
         embeddings: Quantize the input embedding too, to nearest.
         dynamic: Per-module rules, tried in order, as GPTQModel writes them: ``"-:regex"`` leaves the

@@ -236,13 +236,13 @@ def test_clipping_never_costs_more_than_the_whole_range(bits, sym, rows, dtype, 
 
 
 def test_clipping_spares_the_inputs_that_matter():
-    group = torch.tensor([4.0] + [0.3, -0.2, 0.25, -0.3] * 4)[:, None]
+    group = torch.cat([torch.tensor([4.0]), torch.linspace(-1, 1, 16)])[:, None]
     outlier, rest = torch.zeros(17), torch.ones(17)
     outlier[0], rest[0] = 1, 0
     kept, _ = clipped_params(group, outlier, 15, True, torch.float32)
     clipped, _ = clipped_params(group, rest, 15, True, torch.float32)
     assert kept > 0.9 * 8 / 15
-    assert clipped < 0.5 * kept
+    assert clipped < 0.6 * kept
 
 
 def test_the_walk_weighs_errors_by_its_own_factor(monkeypatch):

@@ -78,6 +78,8 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         damp_percent=options.damp,
         true_sequential=options.true_sequential,
         mse=options.mse,
+        clip=options.clip,
+        refine=options.refine,
         dynamic={f"-:{pattern}": {} for pattern in options.exclude} | (options.dynamic or {}),
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -210,6 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--static-groups", action="store_true", help="find scales before rounding anything")
     sub.add_argument("--true-sequential", action="store_true", help="layers of a block one after the other")
     sub.add_argument("--mse", action="store_true", help="clip ranges where that lowers the error")
+    sub.add_argument("--clip", action="store_true", help="the same, errors weighed by what they cost the output")
+    sub.add_argument(
+        "--refine", type=int, default=0, metavar="ROUNDS", help="choose scales and codes again, so often (default 0)"
+    )
     sub.add_argument("--damp", type=float, default=0.01, help="damping of the Hessian (default %(default)s)")
     sub.add_argument("--exclude", nargs="*", default=[], metavar="REGEX", help="modules to leave in full precision")
     sub.add_argument(

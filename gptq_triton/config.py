@@ -19,6 +19,7 @@ import torch
 
 from .atomic import mend
 from .packing import zero_offset
+from .refinement import check_refinement
 from .solver import SolverOptions
 from .spec import QuantSpec
 
@@ -58,6 +59,9 @@ class QuantizeConfig:
         true_sequential: Inside a block, let each layer see the error of the layers before it. Costs
             one more forward pass per stage.
         mse: Clip each group's range where that lowers the rounding error.
+        clip: The same, with errors weighed by what they cost the layer's output; excludes ``mse``.
+        refine: Rounds that choose scales, zero points and codes again under the Hessian; each costs
+            about three times the solving. ``bench/results/cpu/refinement.json`` has what both are worth.
         lm_head: Quantize the output head too.
         embeddings: Quantize the input embedding too, to nearest.
         dynamic: Per-module rules, tried in order, as GPTQModel writes them: ``"-:regex"`` leaves the
@@ -82,6 +86,8 @@ class QuantizeConfig:
     damp_percent: float = 0.01
     true_sequential: bool = False
     mse: bool = False
+    clip: bool = False
+    refine: int = 0
     lm_head: bool = False
     embeddings: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -97,6 +103,7 @@ class QuantizeConfig:
             "group_aware",
             "true_sequential",
             "mse",
+            "clip",
             "lm_head",
             "embeddings",
         ):
@@ -106,6 +113,7 @@ class QuantizeConfig:
             raise TypeError(f"damp_percent must be a number, got {self.damp_percent!r}")
         if not 0 < self.damp_percent <= 1:
             raise ValueError(f"damp_percent must lie in (0, 1], got {self.damp_percent}")
+        check_refinement(self.mse, self.clip, self.refine)
         self._check_dynamic()
         if not self.checkpoint_format:
             rules_sym = all(rule.get("sym", True) for rule in self.dynamic.values() if rule)
@@ -128,6 +136,8 @@ class QuantizeConfig:
             static_groups=self.static_groups,
             group_aware=self.group_aware,
             mse=self.mse,
+            clip=self.clip,
+            refine=self.refine,
             scale_dtype=scale_dtype,
             checkpoint_format=self.checkpoint_format,
         )
@@ -162,6 +172,10 @@ class QuantizeConfig:
             out["format"] = self.checkpoint_format
         meta = dict(out.get("meta") or {})
         mse = meta["mse"] if "mse" in meta and bool(meta["mse"]) == self.mse else self.mse  # GPTQModel: the norm
+        for name in ("clip", "refine"):  # words of this package's own
+            meta.pop(name, None)
+            if value := getattr(self, name):
+                meta[name] = value
         out["meta"] = {**meta, "group_aware": self.group_aware, "mse": mse}
         return out
 
@@ -185,7 +199,7 @@ class QuantizeConfig:
         if not isinstance(meta, Mapping):
             raise TypeError(f"meta must be a JSON object, got {meta!r}")
         meta = _canonical(meta)
-        for name in ("static_groups", "group_aware", "mse", "true_sequential", "damp_percent"):
+        for name in ("static_groups", "group_aware", "mse", "clip", "refine", "true_sequential", "damp_percent"):
             if name not in found and meta.get(name) is not None:
                 found[name] = meta[name]
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from .layers import weight_of
 from .packing import PackedWeight, pack_weight, storable, trivial_g_idx
 from .quantizer import encode, group_params
+from .refinement import Rounded as _Rounded
+from .refinement import check_refinement, clipped_params, refine
 from .spec import QuantSpec
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,11 @@ class SolverOptions:
         group_aware: Without act-order, visit groups, and columns inside them, by falling importance.
             Groups stay in order.
         mse: Clip each group's range where that lowers the rounding error.
+        clip: The same, with each input's error weighed by what it costs the solver's output: the
+            square over the factor's diagonal, ``(w - q)^2 / U_jj^2`` (the paper's equation 2); by the
+            Hessian's diagonal where scales are found before the walk. Excludes ``mse``.
+        refine: Rounds that choose scales, zero points and codes again under the Hessian; see
+            :func:`gptq_triton.refinement.refine`. Each costs about three walks.
         min_tokens: Below this many tokens a layer is rounded to nearest; default: K / 8.
         scale_dtype: What scales are rounded to before any code is chosen.
         checkpoint_format: How zero points are stored; default: "gptq" if symmetric, else "gptq_v2",
@@ -53,6 +60,8 @@ class SolverOptions:
     static_groups: bool = False
     group_aware: bool = True
     mse: bool = False
+    clip: bool = False
+    refine: int = 0
     min_tokens: int | None = None
     scale_dtype: torch.dtype = torch.float16
     checkpoint_format: str | None = None
@@ -63,6 +72,7 @@ class SolverOptions:
             raise ValueError(f"damp must lie in (0, 1], got {self.damp}")
         if self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
+        check_refinement(self.mse, self.clip, self.refine)
 
 
 class Hessian:
@@ -157,22 +167,6 @@ class GPTQ:
         return solve(weights, self.hessian, self.spec, self.options)[self.name]
 
 
-@dataclass(frozen=True, eq=False)
-class _Rounded:
-    """Codes (K, N) and their grid: scales and zeros (G, N), g_idx (K,) int64."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    g_idx: Tensor
-
-    def slice(self, start: int, stop: int) -> _Rounded:
-        return _Rounded(self.codes[:, start:stop], self.scales[:, start:stop], self.zeros[:, start:stop], self.g_idx)
-
-    def dequantize(self) -> Tensor:
-        return self.scales.float()[self.g_idx].mul_(self.codes - self.zeros[self.g_idx])
-
-
 def solve(
     weights: dict[str, Tensor],
     hessian: Hessian,
@@ -204,7 +198,7 @@ def solve(
     if not bool(torch.isfinite(H).all()):
         raise ValueError(f"{names}: the inputs seen must be finite, got NaN or infinity")
     original = torch.cat([w.t().to(H) for w in weights.values()], dim=1)  # (K, N)
-    nearest = _round_to_nearest(original, spec, options)
+    nearest = _round_to_nearest(original, H.diagonal(), spec, options)
     found, damp = None, options.damp
     needed = _needed_tokens(H.shape[0], options)
     if method == "rtn":
@@ -218,6 +212,8 @@ def solve(
             logger.warning("%s: the Hessian cannot be factored even with damping 1; rounded to nearest", names)
         else:
             found = _walk(original[order], factor, order, g_idx, nearest, spec, options)
+            if options.refine:
+                found = _refined(original, H, order, factor, damp, found, spec, options)
     solutions, start = {}, 0
     for name, weight in weights.items():
         stop = start + weight.shape[0]
@@ -367,7 +363,8 @@ def _walk(
         for j in range(start, stop):
             group = groups[j]
             if j in ends and not options.static_groups:
-                scales[group], zeros[group] = _group_params(columns[j : ends[j]], spec, options)
+                cost = factor.diagonal()[j : ends[j]] ** -2
+                scales[group], zeros[group] = _group_params(columns[j : ends[j]], cost, spec, options)
             scale, zero = scales[group].float(), zeros[group]
             code = encode(columns[j], scale, zero, spec.maxq)
             codes[positions[j]] = code
@@ -400,15 +397,16 @@ def _walk_fused(
     columns, factor, groups = columns.contiguous(), factor.contiguous(), g_idx[order]
     scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (nearest.scales, nearest.zeros))
     runs, blocks = None, _blocks([K], limit)
+    searched = options.mse or options.clip
     outside: dict[int, tuple[int, int]] = {}  # first column of a group found here: its end, its index
     if not options.static_groups:
         names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
         ends = list(itertools.accumulate(lengths))
         spans = [(end - length, end) for length, end in zip(lengths, ends, strict=True)]
         blocks = _blocks(lengths, limit)
-        if options.mse:
+        if searched:
             blocks = [(a + first, b + first) for first, end in spans for a, b in _blocks([end - first], limit)]
-        outside = {a: (b, g) for (a, b), g in zip(spans, names, strict=True) if options.mse or b - a > limit}
+        outside = {a: (b, g) for (a, b), g in zip(spans, names, strict=True) if searched or b - a > limit}
         if len(outside) < len(spans):
             lengths_at = {a: b - a for a, b in spans if a not in outside}
             runs = torch.tensor([lengths_at.get(k, 0) for k in range(K)], dtype=torch.int32, device=device)
@@ -418,13 +416,44 @@ def _walk_fused(
     for start, stop in blocks:
         if start in outside:
             end, group = outside[start]
-            scales[group], zeros[group] = _group_params(columns[start:end], spec, options)
+            cost = factor.diagonal()[start:end] ** -2
+            scales[group], zeros[group] = _group_params(columns[start:end], cost, spec, options)
         kernel.solve(
             columns, factor, groups, runs, positions, scales, zeros, codes, errors, loss,
             first=start, count=stop - start, maxq=spec.maxq, sym=spec.sym, **launch,
         )  # fmt: skip
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
     return _Rounded(codes, storable(scales, scales.dtype), zeros, g_idx)
+
+
+def _refined(
+    columns: Tensor,
+    H: Tensor,
+    order: Tensor,
+    factor: Tensor,
+    damp: float,
+    found: _Rounded,
+    spec: QuantSpec,
+    options: SolverOptions,
+) -> _Rounded:
+    """``options.refine`` rounds on columns (K, N), not permuted; order, factor and damp are those of the first walk.
+
+    Once scales are given nothing ties the order to the groups: columns go by falling importance.
+    """
+    importance = torch.argsort(H.diagonal(), descending=True, stable=True)
+    if not torch.equal(importance, order):
+        order, (again, _) = importance, _inverse_factor(H[importance][:, importance], damp)
+        if again is None:  # failed by rounding alone: what was found stays
+            return found
+        factor = again
+    given = replace(options, static_groups=True)
+    damped = H.double()
+    damped.diagonal().add_(damp * damped.diagonal().mean())
+
+    def walk(grid: _Rounded) -> _Rounded:
+        return _walk(columns[order], factor, order, grid.g_idx, grid, spec, given)
+
+    return refine(columns, damped, found, spec, order, walk, options.refine)
 
 
 def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:
@@ -442,22 +471,25 @@ def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _group_params(rows: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple[Tensor, Tensor]:
-    """Scale as it will be stored, and zero point, of the (rows, N) of one group."""
+def _group_params(rows: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple[Tensor, Tensor]:
+    """Scale as it will be stored, and zero point, of the (rows, N) of one group; cost of their errors, (rows,)."""
+    if options.clip:
+        return clipped_params(rows, cost, spec.maxq, spec.sym, options.scale_dtype)
     scale, zero = group_params(rows.t(), spec.maxq, spec.sym, options.mse)
     return storable(scale, options.scale_dtype), zero
 
 
-def _round_to_nearest(columns: Tensor, spec: QuantSpec, options: SolverOptions) -> _Rounded:
+def _round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> _Rounded:
     g_idx = trivial_g_idx(len(columns), spec.group_size, columns.device).long()
     length, N = spec.rows_per_group(len(columns)), columns.shape[1]
     # all whole groups at once, as rows of one matrix; clipping makes temporaries of that size, so one by one
-    whole = 0 if options.mse else len(columns) // length
-    rest = columns[whole * length :].split(length) if whole * length < len(columns) else ()
-    found = [tuple(t[None] for t in _group_params(rows, spec, options)) for rows in rest]
+    whole = 0 if options.mse or options.clip else len(columns) // length
+    first = whole * length
+    rest = zip(columns[first:].split(length), cost[first:].split(length), strict=True) if first < len(columns) else ()
+    found = [tuple(t[None] for t in _group_params(rows, costs, spec, options)) for rows, costs in rest]
     if whole:
-        rows = columns[: whole * length].unflatten(0, (whole, length)).transpose(0, 1).flatten(1)
-        scale, zero = _group_params(rows, spec, options)
+        rows = columns[:first].unflatten(0, (whole, length)).transpose(0, 1).flatten(1)
+        scale, zero = _group_params(rows, cost[:length], spec, options)
         found.insert(0, (scale.view(whole, N), zero.view(whole, N)))
     scales, zeros = (torch.cat(values) for values in zip(*found, strict=True))
     codes = encode(columns, scales.float()[g_idx], zeros[g_idx], spec.maxq)

@@ -151,8 +151,18 @@ def test_quantize_eval_generate_inspect(run, home, tmp_path):
 def test_quantize_options_reach_the_solver(run, tmp_path):
     code, shown, _ = run(
         *("quantize", "full", tmp_path / "m", "--calibration", "text.txt", *SHORT, "--json", "--quiet"),
-        *("--bits", 3, "--group-size", 16, "--asym", "--act-order", "--true-sequential", "--mse", "--damp", 0.05),
-        *("--exclude", ".*o_proj", ".*gate", "--dynamic", '{".*down_proj": {"bits": 8}}', "--dtype", "bfloat16"),
+        *("--bits", 3, "--group-size", 16, "--asym", "--act-order", "--true-sequential", "--clip", "--damp", 0.05),
+        *(
+            "--refine",
+            1,
+            "--exclude",
+            ".*o_proj",
+            ".*gate",
+            "--dynamic",
+            '{".*down_proj": {"bits": 8}}',
+            "--dtype",
+            "bfloat16",
+        ),
     )
     assert code == 0
     result = json.loads(shown)
@@ -169,7 +179,8 @@ def test_quantize_options_reach_the_solver(run, tmp_path):
         sym=False,
         desc_act=True,
         true_sequential=True,
-        mse=True,
+        clip=True,
+        refine=1,
         damp_percent=0.05,
         dynamic={"-:.*o_proj": {}, "-:.*gate": {}, ".*down_proj": {"bits": 8}},
     )

@@ -169,7 +169,7 @@ def inner_loop(columns, factor, groups, runs, scales, zeros, spec, options):
     left, codes, errors, loss = columns.clone(), [], [], torch.ones(columns.shape[1])
     for j, (group, run) in enumerate(zip(groups, runs, strict=True)):
         if run:
-            scales[group], zeros[group] = _group_params(left[j : j + run], spec, options)
+            scales[group], zeros[group] = _group_params(left[j : j + run], torch.ones(run), spec, options)
         code = encode(left[j], scales[group].float(), zeros[group], spec.maxq)
         error = (left[j] - (code - zeros[group]) * scales[group].float()) / factor[j, j]
         left[j + 1 :] -= factor[j, j + 1 :, None] * error
@@ -249,7 +249,7 @@ def layer_problem(K, N, spec, options, seed):
     factor, damp = _inverse_factor(hessian.sum[order][:, order], options.damp)
     damped = hessian.sum.double()
     damped.diagonal().add_(damp * damped.diagonal().mean())
-    nearest = _round_to_nearest(original, spec, options)
+    nearest = _round_to_nearest(original, torch.ones(len(original)), spec, options)
     return original, damped, lambda: (original[order], factor, order, g_idx, nearest, spec, options)
 
 

@@ -104,8 +104,10 @@ def test_every_option_gives_a_valid_weight_no_worse_than_rounding(
 def test_rounding_to_nearest_finds_each_group_by_itself(K, group, sym, mse):
     spec, options = QuantSpec(3, group, sym), SolverOptions(mse=mse)
     columns = torch.randn(K, 5, generator=torch.Generator().manual_seed(K))
-    nearest = _round_to_nearest(columns, spec, options)
-    found = [_group_params(rows, spec, options) for rows in columns.split(spec.rows_per_group(K))]
+    cost = torch.ones(K)
+    nearest = _round_to_nearest(columns, cost, spec, options)
+    size = spec.rows_per_group(K)
+    found = [_group_params(rows, cost[: len(rows)], spec, options) for rows in columns.split(size)]
     assert torch.equal(nearest.scales, torch.stack([scale for scale, _ in found]))
     assert torch.equal(nearest.zeros, torch.stack([zero for _, zero in found]))
 

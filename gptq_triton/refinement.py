@@ -1,0 +1,226 @@
+"""Better codes and scales for a layer that is already quantized, judged by its outputs.
+
+With the error ``E = W - Wq`` (K, N) and the Hessian H (K, K) of the inputs, the loss is ``tr(E^T H E)``. Outputs do
+not interact, and for each of them the loss is quadratic in every scale and in every code. GPTQ fixes a group's scale
+before it chooses the group's codes, and a code before it chooses the next; here each is chosen again, exactly, while
+all others are held, so that no step raises the loss.
+
+Source of the descent over codes: Behdin et al., "QuantEase: Optimization-based Quantization for Language Models"
+(2023), algorithm 1. Scales are the solution of the normal equations, rounded to what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .packing import storable
+from .quantizer import encode, group_params, quantize
+from .spec import QuantSpec
+
+BLOCK = 128  # columns between two updates of the whole gradient
+CANDIDATES = 24  # ranges that are tried
+MOST_CLIPPED = 0.6  # of a range
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A quantized weight before it is packed.
+
+    Attributes:
+        codes: uint8 (K, N).
+        scales: As they are stored, > 0, floating (G, N).
+        zeros: Integral values, float32 (G, N).
+        g_idx: The group of each input, int64 (K,).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+
+    def slice(self, start: int, stop: int) -> Rounded:
+        """Some of the outputs."""
+        return Rounded(self.codes[:, start:stop], self.scales[:, start:stop], self.zeros[:, start:stop], self.g_idx)
+
+    def where(self, chosen: Tensor, other: Rounded) -> Rounded:
+        """Outputs where ``chosen``, bool (N,), and those of ``other`` elsewhere; the groups must be the same."""
+        return Rounded(
+            torch.where(chosen, self.codes, other.codes),
+            torch.where(chosen, self.scales, other.scales),
+            torch.where(chosen, self.zeros, other.zeros),
+            self.g_idx,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the codes stand for, (K, N)."""
+        return self.scales.to(dtype)[self.g_idx].mul_(self.codes - self.zeros.to(dtype)[self.g_idx])
+
+
+def check_refinement(mse: bool, clip: bool, refine: int) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        ValueError: mse and clip together, or a negative number of rounds.
+        TypeError: refine is not an integer.
+    """
+    if mse and clip:
+        raise ValueError("mse and clip are two ways to choose a group's range: set one of them")
+    if not isinstance(refine, int) or isinstance(refine, bool):
+        raise TypeError(f"refine must be a number of rounds, got {refine!r}")
+    if refine < 0:
+        raise ValueError(f"refine must be at least 0, got {refine}")
+
+
+def refine(
+    columns: Tensor,
+    H: Tensor,
+    rounded: Rounded,
+    spec: QuantSpec,
+    order: Tensor,
+    walk: Callable[[Rounded], Rounded],
+    rounds: int,
+) -> Rounded:
+    """Rounds of better scales and better codes; no output's loss ever rises.
+
+    A round refits the scales, and then improves the codes in two ways, of which each output keeps the better: a
+    pass over those it has, and GPTQ from the start on the scales as they are now, followed by the same pass.
+
+    Args:
+        columns: The weight (K, N), floating.
+        H: (K, K), float64, with a positive diagonal.
+        rounded: Its quantized form; not changed.
+        spec: The format.
+        order: The order of passes, int64 (K,).
+        walk: GPTQ on a grid that is given: it changes codes alone.
+        rounds: How often.
+    """
+    for _ in range(rounds):
+        rounded = refit_scales(columns, H, rounded, spec)
+        fresh = descend(columns, H, walk(rounded), spec, order)
+        rounded = descend(columns, H, rounded, spec, order)
+        rounded = fresh.where(losses(columns, H, fresh) < losses(columns, H, rounded), rounded)
+    return rounded
+
+
+def losses(columns: Tensor, H: Tensor, rounded: Rounded) -> Tensor:
+    """``e^T H e`` of each output.
+
+    Args:
+        columns: The weight (K, N), floating.
+        H: (K, K), float64.
+        rounded: Its quantized form.
+
+    Returns:
+        float64 (N,).
+    """
+    error = columns.double() - rounded.dequantize(torch.float64)
+    return (H @ error).mul_(error).sum(0)
+
+
+def refit_scales(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec) -> Rounded:
+    """The best scale of each group under the Hessian, one group after another; codes stay.
+
+    Unless the spec is symmetric, the zero point may move too: every one that can be stored is tried with its own
+    best scale. A scale is rounded to its dtype, and the nearest stored value of a quadratic's minimum is the best
+    stored value.
+
+    Args:
+        columns: The weight (K, N), floating.
+        H: (K, K), float64.
+        rounded: Its quantized form; not changed.
+        spec: The format.
+    """
+    gradient = H @ (columns.double() - rounded.dequantize(torch.float64))
+    scales, zeros = rounded.scales.clone(), rounded.zeros.clone()
+    shifts = torch.zeros(1) if spec.sym else torch.arange(-spec.maxq, spec.maxq + 1)
+    shifts = shifts.to(gradient)[:, None]  # (Z, 1)
+    for group in range(len(scales)):
+        inside = (rounded.g_idx == group).nonzero()[:, 0]
+        if not len(inside):
+            continue
+        H_group = H[inside][:, inside]
+        scale, zero = scales[group].double(), zeros[group].double()
+        steps = rounded.codes[inside].double().sub_(zero)
+        ones, H_steps = H_group.sum(0), H_group @ steps
+        target = gradient[inside].addcmul_(scale, H_steps)
+        # the loss of scale s and zero point zero + shift, up to a constant: s^2 square - 2 s product
+        square = (steps * H_steps).sum(0) - 2 * shifts * (ones @ steps) + shifts**2 * ones.sum()
+        product = (steps * target).sum(0) - shifts * target.sum(0)
+        best = product / square
+        moved = zero + shifts
+        limits = torch.finfo(scales.dtype)
+        valid = (square > 0) & (best >= limits.tiny) & (best <= limits.max) & (moved >= 0) & (moved <= spec.maxq)
+        best = storable(torch.where(valid, best, scale), scales.dtype).double()
+        loss = (best**2 * square - 2 * best * product).masked_fill_(~valid, torch.inf)
+        here = (len(shifts) - 1) // 2  # no shift
+        before = scale**2 * square[here] - 2 * scale * product[here]
+        loss, choice = loss.min(0)
+        better = loss < before
+        new_scale = torch.where(better, best.gather(0, choice[None])[0], scale)
+        new_zero = torch.where(better, moved.gather(0, choice[None])[0], zero)
+        scales[group], zeros[group] = new_scale.to(scales.dtype), new_zero.to(zeros.dtype)
+        change = (steps + (zero - new_zero)).mul_(new_scale) - steps * scale
+        gradient.addmm_(H[:, inside], change, alpha=-1)
+    return Rounded(rounded.codes, scales, zeros, rounded.g_idx)
+
+
+def descend(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec, order: Tensor) -> Rounded:
+    """One pass over the codes: each becomes the best one under the Hessian while all others are held.
+
+    Args:
+        columns: The weight (K, N), floating.
+        H: (K, K), float64, with a positive diagonal.
+        rounded: Its quantized form; not changed.
+        spec: The format.
+        order: The order of the pass, int64 (K,).
+    """
+    gradient = H @ (columns.double() - rounded.dequantize(torch.float64))
+    scales, zeros = rounded.scales.double(), rounded.zeros.double()
+    codes, diagonal, groups = rounded.codes.clone(), H.diagonal(), rounded.g_idx
+    for block in order.split(BLOCK):
+        local, H_block = gradient[block], H[block][:, block]
+        changes = torch.empty_like(local)
+        for j, k in enumerate(block.tolist()):
+            scale, zero = scales[groups[k]], zeros[groups[k]]
+            code = codes[k].double()
+            wanted = (code - zero).mul_(scale).add_(local[j] / diagonal[k])
+            new = encode(wanted, scale, zero, spec.maxq)
+            codes[k] = new
+            torch.sub(new, code, out=changes[j]).mul_(scale)
+            local[j + 1 :].addr_(H_block[j + 1 :, j], changes[j], alpha=-1)
+        gradient.addmm_(H[:, block], changes, alpha=-1)
+    return Rounded(codes, rounded.scales, rounded.zeros, groups)
+
+
+def clipped_params(rows: Tensor, importance: Tensor, maxq: int, sym: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of one group whose range is shrunk where that lowers ``sum_j importance_j (w_j - q_j)^2``.
+
+    Args:
+        rows: The group's weights, float32 (R, N).
+        importance: What an error in each input costs, >= 0, float32 (R,).
+        maxq: Largest code.
+        sym: Zero points in the middle of the range.
+        dtype: What scales are stored in; candidates are rounded to it before they are compared.
+
+    Returns:
+        scale, > 0, dtype (N,), and zero, integral in [0, maxq], float32 (N,).
+    """
+    low, high = rows.amin(0).clamp(max=0), rows.amax(0).clamp(min=0)
+    if sym:
+        high = torch.maximum(-low, high)
+        low = -high
+    ends = torch.stack([low, high], 1)
+    best = torch.full_like(low, torch.inf)
+    scale, zero = torch.empty_like(low, dtype=dtype), torch.empty_like(low)
+    for step in range(CANDIDATES):
+        scale1, zero1 = group_params(ends * (1 - step / CANDIDATES * MOST_CLIPPED), maxq, sym)
+        scale1 = storable(scale1, dtype)
+        loss = quantize(rows, scale1.float(), zero1, maxq).sub_(rows).square_().mul_(importance[:, None]).sum(0)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scale, zero = torch.where(better, scale1, scale), torch.where(better, zero1, zero)
+    return scale, zero

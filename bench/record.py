@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from gptq_triton.product import gpu_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -52,7 +54,7 @@ def folder() -> Path:
     """Where results of this machine go: ``bench/results/<gpu or cpu>``."""
     if not torch.cuda.is_available():
         return RESULTS / "cpu"
-    return RESULTS / torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "-")
+    return RESULTS / gpu_name(torch.cuda.current_device())
 
 
 def _run(*command: str) -> str:

@@ -21,6 +21,7 @@ import torch
 from shapes import shapes
 
 from gptq_triton import dispatch, product, tables
+from gptq_triton.atomic import atomic_write
 from gptq_triton.dispatch import DecodePlan, MatmulPlan, Problem, WidePlan
 from gptq_triton.layout import TiledWeight
 from gptq_triton.spec import BITS, QuantSpec
@@ -84,9 +85,7 @@ def main() -> None:
         best = tune([random_tiles(N, K, bits)], save=False, say=print)
         plans |= {name: asdict(plan) for name, plan in best.items()}
         lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(plan)}" for name, plan in plans.items())
-        fresh = file.with_suffix(".tmp")
-        fresh.write_text(f"{{\n{lines}\n}}\n")
-        os.replace(fresh, file)
+        atomic_write(file, f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .dispatch import ROWS_OF_DIGITS
 from .packing import PackedWeight
 
 
@@ -41,8 +42,6 @@ def oracle(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, trans
         return reference.matmul_transposed(x.double(), weight)
     return reference.matmul(x.double(), weight, None if bias is None else bias.double())
 
-
-ROWS_OF_DIGITS = 16  # of x, up to which a GPU may multiply digits
 
 DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # of the significand, in bits
 

@@ -10,9 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-ROWS_OF_DECODE = 8  # of x: where the tensor cores' narrow tiles are ahead of Hopper's wide ones
-ROWS_OF_WIDE = 64
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -122,10 +119,9 @@ FusedPlan = DecodePlan | WidePlan | MatmulPlan
 Plan = FusedPlan | DequantizePlan
 
 ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
-ROWS_OF_DIGITS = 16
-ROWS_OF_MATMUL = (
-    192  # beyond, W as floats pays off: measured on an H200 between 128 (4096 x 4096) and 400 (8192 x 28672)
-)
+ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits
+# beyond, W as floats pays off: measured on an H200 between 128 (4096 x 4096) and 400 (8192 x 28672)
+ROWS_OF_MATMUL = 192
 SLAB_BYTES = 256 << 20  # of W as floats at a time
 
 

@@ -249,11 +249,15 @@ class QuantLinear(nn.Module):
         """Hold the checkpoint's tensors."""
         if self._tiles is not None:
             weight = self.weight_packed
+            self._drop_tiles()
+            for name in _PACKED:
+                self._buffers[name] = getattr(weight, name)
+
+    def _drop_tiles(self) -> None:
+        if self._tiles is not None:
             self._tiles = None
             for name in _TILED:
                 del self._buffers[name]
-            for name in _PACKED:
-                self._buffers[name] = getattr(weight, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         if self._tiles is not None and self._tiles.scales is None and fn(self.g_idx).is_cuda:
@@ -285,7 +289,7 @@ class QuantLinear(nn.Module):
 
     def _adopt(self, weight: PackedWeight, bias: Tensor | None) -> None:
         """Take these (validated) tensors as the layer's own."""
-        self._unprepare()
+        self._drop_tiles()
         device = weight.qweight.device
         trivial = trivial_g_idx(self.infeatures, self.spec.group_size, device)
         if weight.g_idx is None:

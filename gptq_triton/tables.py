@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
+from .atomic import atomic_write
 from .dispatch import DecodePlan, FusedPlan, MatmulPlan, Problem, WidePlan
 
 BUCKETS = (4, 8, 16, 32, 64)  # rows of x that share a plan, up to
@@ -47,9 +48,7 @@ def save(gpu: str, plans: Mapping[str, FusedPlan]) -> Path:
     file = user_file(gpu)
     file.parent.mkdir(parents=True, exist_ok=True)
     merged = _read(file) | {name: asdict(plan) for name, plan in plans.items()}
-    fresh = file.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps(merged, indent=1) + "\n")
-    os.replace(fresh, file)
+    atomic_write(file, json.dumps(merged, indent=1) + "\n")
     _table.cache_clear()
     return file
 

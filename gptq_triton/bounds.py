@@ -23,7 +23,7 @@ def coefficients(dtype: torch.dtype, scale_dtype: torch.dtype, bits: int) -> tup
     """
     half, u_wide = _is_half(dtype), _accumulation(dtype)
     exact_scale = 2.0 ** -(DIGITS[scale_dtype] + bits) >= u_wide
-    e = (0.0 if exact_scale else u_wide) + (unit_roundoff(dtype) * (1 + u_wide) if half else 0.0)
+    e = (0.0 if exact_scale else u_wide) + (unit_roundoff(dtype) * (1 + unit_roundoff(dtype)) if half else 0.0)
     return e, 2.5 * u_wide if half else u_wide
 
 

@@ -25,6 +25,8 @@ class Problem:
         half_scales: Scales have 16 bits.
         arch: "sm_90" and the like, or AMD's "gfx942" and the like.
         multiprocessors: Of the GPU.
+        large: The kernel for many rows takes the operands: rows of x and y start at multiples of 16 bytes, and the
+            dtype of x holds the scales, or parts of them.
     """
 
     M: int
@@ -36,11 +38,17 @@ class Problem:
     half_scales: bool
     arch: str
     multiprocessors: int
+    large: bool = True
 
     @property
     def takes_digits(self) -> bool:
         """Whether the kernels over integer digits of x can run it, M aside."""
         return self.capability >= 80 and self.half_scales and self.dtype in (torch.float16, torch.bfloat16)
+
+    @property
+    def takes_large(self) -> bool:
+        """Whether the kernel for many rows can run it."""
+        return self.capability == 90 and self.large and self.takes_digits
 
     @property
     def capability(self) -> int:
@@ -109,20 +117,40 @@ class MatmulPlan:
 
 
 @dataclass(frozen=True)
+class LargePlan:
+    """Tiles of `kernels/large.py`."""
+
+    block_m: int
+    groups: int
+    stages: int
+    split: int
+
+    @property
+    def strips_of_program(self) -> int:
+        """Strips of a tile of y."""
+        return 4 * self.groups
+
+    def tiles(self, problem: Problem) -> int:
+        """Of y."""
+        return -(-problem.M // self.block_m) * -(-problem.strips // self.strips_of_program)
+
+
+@dataclass(frozen=True)
 class DequantizePlan:
     """W as floats in a workspace, slab by slab, then the vendor's product."""
 
     strips: int  # of a slab
 
 
-FusedPlan = DecodePlan | WidePlan | MatmulPlan
+FusedPlan = DecodePlan | WidePlan | MatmulPlan | LargePlan
 Plan = FusedPlan | DequantizePlan
 
 ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
 ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits
-# beyond, W as floats pays off: measured on an H200 between 128 (4096 x 4096) and 400 (8192 x 28672)
+# beyond, without the kernel for many rows, W as floats pays off: on an H200 between 128 (4096 x 4096) and 400 rows
 ROWS_OF_MATMUL = 192
 SLAB_BYTES = 256 << 20  # of W as floats at a time
+PARTIAL_BYTES = 64 << 20  # of partial sums at most
 
 
 def choose(problem: Problem, *, transposed: bool = False, batch_invariant: bool = False) -> Plan:
@@ -138,7 +166,7 @@ def choose(problem: Problem, *, transposed: bool = False, batch_invariant: bool 
     """
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"dtype must be float16, bfloat16 or float32 on a GPU, got {problem.dtype}")
-    if transposed or (problem.M > ROWS_OF_MATMUL and not batch_invariant):
+    if transposed or (problem.M > ROWS_OF_MATMUL and not problem.takes_large and not batch_invariant):
         per_strip = 16 * problem.steps * 128 * problem.dtype.itemsize
         return DequantizePlan(max(1, SLAB_BYTES // per_strip))
     if batch_invariant:
@@ -155,7 +183,9 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
         yield from _decode(problem)
         if problem.M > ROWS_OF_DECODE and problem.capability == 90:
             yield from _wide(problem)
-    if not problem.takes_digits or problem.M > ROWS_OF_DECODE:
+    if problem.takes_large and problem.M > ROWS_OF_DIGITS:
+        yield from _large(problem)
+    if problem.M <= ROWS_OF_MATMUL and (not problem.takes_digits or problem.M > ROWS_OF_DECODE):
         yield from _matmul(problem)
 
 
@@ -221,6 +251,21 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
         for split in _SPLITS:
             if split <= problem.steps:
                 yield MatmulPlan(block_m, block_n, split, warps, stages, registers, ptx)
+
+
+def _large(problem: Problem) -> Iterator[LargePlan]:
+    subgroups = max(1, 128 // problem.group_columns)
+    for block_m, groups in ((16, 4), (32, 4), (64, 4), (64, 2), (128, 2), (256, 2)):
+        if block_m < min(problem.M, 256) / 2 or block_m // 2 >= problem.M:
+            continue  # tiles that take turns, or are mostly empty
+        rows = 64 * groups
+        step = 256 * block_m + rows * (16 * problem.bits + 4 * subgroups)
+        stages = min(8, (225 * 1024 - 2 * rows * block_m) // step)
+        for split in _SPLITS:
+            plan = LargePlan(block_m, groups, stages, split)
+            partial = 4 * split * plan.tiles(problem) * rows * block_m
+            if split == 1 or (split <= problem.steps and partial <= PARTIAL_BYTES):
+                yield plan
 
 
 def microseconds(problem: Problem, plan: FusedPlan) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, tables
-from .dispatch import DecodePlan, DequantizePlan, MatmulPlan, Plan, Problem, WidePlan
+from .dispatch import DecodePlan, DequantizePlan, LargePlan, MatmulPlan, Plan, Problem, WidePlan
 from .layout import STEP, STRIP, TiledWeight
 
 
@@ -51,7 +51,7 @@ def _launch(weight: TiledWeight, M: int, stride: int, x: Tensor, bias: Tensor | 
     key = (M, x.dtype, aligned, batch_invariant, None if bias is None else bias.dtype)
     launch = weight.launches.get(key)
     if launch is None:
-        problem = problem_of(M, x.dtype, x.get_device(), weight)
+        problem = problem_of(M, x.dtype, x.get_device(), weight, aligned)
         launch = _prepared(problem, Operands.of(weight, bias, aligned), x.get_device(), batch_invariant)
         weight.launches[key] = launch
     return launch
@@ -102,6 +102,8 @@ def prepare_launch(problem: Problem, plan: Plan, operands: Operands, device: int
         launch = functools.partial(_by_floats, problem, plan)
     elif isinstance(plan, MatmulPlan):
         launch = functools.partial(_matmul, problem, plan, device)
+    elif isinstance(plan, LargePlan):
+        launch = _large(problem, plan, operands, device)
     else:
         launch = _by_digits(problem, plan, operands, device)
     if torch.cuda.device_count() == 1:
@@ -209,6 +211,35 @@ def _matmul(
         )
 
 
+def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -> Launch:
+    multiply = _kernels("large").prepare_large(
+        device,
+        problem.dtype,
+        operands.bias,
+        bits=problem.bits,
+        scales_bf16=operands.scales == torch.bfloat16,
+        group_columns=problem.group_columns,
+        pdl=True,
+        **asdict(plan),
+    )
+    M, K, N = problem.M, operands.K, operands.N
+    tiles, split = plan.tiles(problem), plan.split
+    programs = min(problem.multiprocessors, tiles * split)
+    sums = split * tiles * 64 * plan.groups * plan.block_m if split > 1 else 0
+    scratch = _scratch(device)
+
+    def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        x = _in_order(x.view(M, K) if x.dim() != 2 else x, weight)
+        with scratch.lock:
+            workspace = counters = None
+            if split > 1:
+                workspace, counters = scratch.tensors(stream, sums, tiles * plan.groups)
+            multiply(programs, stream, x, weight.words, weight.meta, y.view(M, N), bias, workspace, counters)
+
+    return launch
+
+
 def _by_floats(
     problem: Problem, plan: DequantizePlan, x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor
 ) -> None:
@@ -272,11 +303,13 @@ def _in_order(x: Tensor, weight: TiledWeight) -> Tensor:
     return out
 
 
-def problem_of(M: int, dtype: torch.dtype, device: int, weight: TiledWeight) -> Problem:
-    """What plans for M rows of x and this weight depend on."""
+def problem_of(M: int, dtype: torch.dtype, device: int, weight: TiledWeight, aligned: bool = True) -> Problem:
+    """What plans for M rows of x, which start at multiples of 16 bytes if aligned, and this weight depend on."""
     half_scales = weight.dtype != torch.float32
+    # float16 has not the range of bfloat16
+    large = (aligned or weight.order is not None) and weight.N % 8 == 0 and dtype in (weight.dtype, torch.bfloat16)
     return Problem(
-        M, weight.strips, weight.steps, weight.spec.bits, weight.group_columns, dtype, half_scales, *gpu(device)
+        M, weight.strips, weight.steps, weight.spec.bits, weight.group_columns, dtype, half_scales, *gpu(device), large
     )
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from .atomic import atomic_write
-from .dispatch import DecodePlan, FusedPlan, MatmulPlan, Problem, WidePlan
+from .dispatch import DecodePlan, FusedPlan, LargePlan, MatmulPlan, Problem, WidePlan
 
-BUCKETS = (4, 8, 16, 32, 64)  # rows of x that share a plan, up to
+BUCKETS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)  # rows of x that share a plan, up to
 
 
 def case(problem: Problem) -> str:
@@ -34,12 +34,14 @@ def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
     if BUCKETS[-1] < problem.M or not problem.takes_digits:
         return None
     found = _table(gpu).get(case(problem))
-    return None if found is None else plan_from(found)
+    plan = None if found is None else plan_from(found)
+    return None if isinstance(plan, LargePlan) and not problem.takes_large else plan
 
 
 def plan_from(found: dict[str, int]) -> FusedPlan:
     """A plan as tables hold it."""
-    kind = DecodePlan if "tiles" in found else MatmulPlan if "block_m" in found else WidePlan
+    kinds = {"tiles": DecodePlan, "groups": LargePlan, "block_n": MatmulPlan, "warps": WidePlan}
+    kind = next(kind for name, kind in kinds.items() if name in found)
     return kind(**cast(dict[str, Any], found))
 
 

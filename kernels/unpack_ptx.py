@@ -43,6 +43,62 @@ def unpack_ptx(bits: int, bf16: bool) -> tuple[str, str]:
     return ptx.text(moves), ",".join(["=h"] * outputs + ["r"] * len(inputs))
 
 
+@functools.cache
+def weights_ptx(bits: int, bf16: bool, quarter: int, parts: int) -> tuple[str, str]:
+    """PTX that turns the words of a quarter of a step, 32 columns, into ``(code - zero) * scale``, rounded.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        bf16: Whether the halves are bfloat16, not float16.
+        quarter: s, from 0 to 3.
+        parts: Halves that a scale is the sum of: 1, or 2 where bfloat16 alone is too coarse for it.
+
+    Returns:
+        Text and constraints of an inline assembly. Outputs: 16-bit registers [hb][r8][i1][i0], of hb and r8 only what
+        shares words (8 bits: neither; 4 and 2 bits: r8). Inputs: a word (3 bits: A and B, for odd quarters C too); the
+        words of meta of r8 (8 bits: of one r8); for each of these, its scale in both halves, part by part.
+    """
+    ptx = _Ptx(bf16)
+    words = 1 if bits != 3 else 2 + quarter % 2
+    rows = 1 if bits == 8 else 2
+    outputs = 4 * {8: 1, 4: 2, 2: 2, 3: 4}[bits]
+    inputs = [f"${outputs + i}" for i in range(words + rows * (1 + parts))]
+    given, meta, scales = inputs[:words], inputs[words : words + rows], inputs[words + rows :]
+    halves = []
+    for start in (0, 8):  # i1
+        if bits == 8:
+            codes = [ptx.byte(given[0], start, meta[0])]
+        elif bits != 3:
+            low = 4 * (quarter // 2) if bits == 2 else 0
+            codes = [ptx.field(given[0], start, low + bits * r8, bits, meta[r8]) for r8 in range(2)]
+        elif quarter % 2 == 0:
+            codes = [ptx.field(word, start, 3 * r8, 3, meta[r8]) for word in given for r8 in range(2)]
+        else:
+            a, b, c = given
+            codes = [ptx.field(c, start, 3 * r8, 3, meta[r8]) for r8 in range(2)]
+            codes += [ptx.split_field(a, c, start, 6, meta[0]), ptx.split_field(b, c, start, 7, meta[1])]
+        halves.append([ptx.times(code, *scales[i % rows * parts :][:parts]) for i, code in enumerate(codes)])
+    pairs = [pair for both in zip(*halves, strict=True) for pair in both]
+    moves = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};" for i, pair in enumerate(pairs)]
+    return ptx.text(moves), ",".join(["=h"] * outputs + ["r"] * len(inputs))
+
+
+def scale_ptx(bf16: bool, scales_bf16: bool) -> tuple[str, str, int]:
+    """PTX that takes the scale out of a word of meta; float16 has not the range of bfloat16, and cannot hold its scales.
+
+    Returns:
+        Text and constraints of an inline assembly, and how many parts it puts out: 32-bit registers with a part in
+        both halves, whose sum is the scale (a bfloat16 has fewer digits than a float16).
+    """
+    if bf16 == scales_bf16:
+        return "prmt.b32 $0, $1, $1, 0x3232;", "=r,r", 1
+    convert = (
+        "mov.b32 {g, h}, $2; cvt.f32.f16 s, h; cvt.rn.bf16.f32 h, s; mov.b32 $0, {h, h};"
+        " mov.b32 t, {z, h}; sub.f32 s, s, t; cvt.rn.bf16.f32 h, s; mov.b32 $1, {h, h};"
+    )
+    return "{ .reg .b32 s, t; .reg .b16 g, h, z; mov.b16 z, 0; " + convert + " }", "=&r,=r,r", 2
+
+
 class _Ptx:
     """Instructions under construction: each operation returns the register of its result; equal ones are one."""
 
@@ -83,6 +139,13 @@ class _Ptx:
         if self.bf16:
             return self.emit("fma.rn.bf16x2", b, self.constant(-1), a)
         return self.emit("sub.f16x2", a, b)
+
+    def times(self, value: str, scale: str, rest: str | None = None) -> str:
+        """``value * (scale + rest)``, rounded once but for a hair."""
+        kind = "bf16x2" if self.bf16 else "f16x2"  # for bfloat16, sm_90
+        if rest is None:
+            return self.emit(f"mul.{kind}", value, scale)
+        return self.emit(f"fma.rn.{kind}", value, scale, self.emit(f"mul.{kind}", value, rest))
 
     def minus_zero(self, value: str, low: int, meta: str) -> str:
         """``value`` less its magic and the zero point, the lowest byte of ``meta``."""

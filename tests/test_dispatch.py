@@ -14,6 +14,7 @@ from gptq_triton import tables
 from gptq_triton.dispatch import (
     DecodePlan,
     DequantizePlan,
+    LargePlan,
     MatmulPlan,
     Problem,
     WidePlan,
@@ -31,7 +32,7 @@ H200 = Problem(1, 256, 32, 4, 128, torch.float16, True, "sm_90", 132)
 
 problems = st.builds(
     Problem,
-    M=st.integers(1, 300),
+    M=st.integers(1, 3000),
     strips=st.integers(1, 5000),
     steps=st.integers(1, 400),
     bits=st.sampled_from(BITS),
@@ -40,6 +41,7 @@ problems = st.builds(
     half_scales=st.booleans(),
     arch=st.sampled_from(ARCHS),
     multiprocessors=st.sampled_from((20, 82, 132, 148)),
+    large=st.booleans(),
 )
 
 
@@ -51,7 +53,7 @@ def test_every_plan_can_be_launched(problem, transposed, batch_invariant):
         assert isinstance(chosen, DequantizePlan)
         assert chosen.strips >= 1
         return
-    for plan in [chosen, *(candidates(problem) if problem.M <= 192 else ())]:
+    for plan in [chosen, *candidates(problem)]:
         if isinstance(plan, DequantizePlan):
             continue
         assert 1 <= plan.split <= problem.steps
@@ -68,7 +70,19 @@ def test_every_plan_can_be_launched(problem, transposed, batch_invariant):
             assert problem.arch == "sm_90"
             assert problem.M <= 16
             assert plan.chunk % plan.depth == 0
+        elif isinstance(plan, LargePlan):
+            assert problem.arch == "sm_90"
+            assert problem.large
+            assert problem.half_scales
+            assert problem.dtype != torch.float32
+            assert plan.stages >= 2
+            rows = 64 * plan.groups
+            meta = 4 * max(1, 128 // problem.group_columns)
+            used = plan.stages * (256 * plan.block_m + rows * (16 * problem.bits + meta)) + 2 * rows * plan.block_m
+            assert used <= SHARED_MEMORY["sm_90"]
+            assert plan.split == 1 or 4 * plan.split * plan.tiles(problem) * rows * plan.block_m <= 64 << 20
         else:
+            assert batch_invariant or problem.M <= 192
             assert plan.block_n % 32 == 0
             assert not plan.ptx or (problem.capability >= 80 and problem.dtype != torch.float32)
 
@@ -91,7 +105,9 @@ def test_a_batch_invariant_plan_sums_in_one_order_for_every_m(problem):
 
 
 def test_regimes_on_hopper():
-    kinds = [type(choose(replace(H200, M=M))) for M in (1, 8, 17, 64, 192, 193)]
+    kinds = [type(choose(replace(H200, M=M))) for M in (1, 8, 128, 192, 8192)]
+    assert kinds == [DecodePlan, DecodePlan, LargePlan, LargePlan, LargePlan]
+    kinds = [type(choose(replace(H200, M=M, large=False))) for M in (1, 8, 17, 64, 192, 193)]
     assert kinds == [DecodePlan, DecodePlan, MatmulPlan, MatmulPlan, MatmulPlan, DequantizePlan]
     assert {type(plan) for plan in candidates(replace(H200, M=12))} == {DecodePlan, WidePlan, MatmulPlan}
 
@@ -124,11 +140,13 @@ def test_tables(tmp_path, monkeypatch):
         tables.case(odd): DecodePlan(1, 1, 2, 4, 2, 4, 3),
         tables.case(replace(odd, M=16)): WidePlan(8, 4, 8, 2),
         tables.case(replace(odd, M=40)): MatmulPlan(64, 128, 2, 4, 3),
+        tables.case(replace(odd, M=400)): LargePlan(256, 2, 2, 3),
     }
-    assert list(plans) == ["48x640 w4 m4", "48x640 w4 m16", "48x640 w4 m64"]
+    assert list(plans) == ["48x640 w4 m4", "48x640 w4 m16", "48x640 w4 m64", "48x640 w4 m512"]
     for name, plan in plans.items():  # one by one: a table grows
         tables.save("a-gpu", {name: plan})
-    assert [tables.lookup("a-gpu", replace(odd, M=M)) for M in (2, 9, 33)] == list(plans.values())
+    assert [tables.lookup("a-gpu", replace(odd, M=M)) for M in (2, 9, 33, 500)] == list(plans.values())
+    assert tables.lookup("a-gpu", replace(odd, M=400, large=False)) is None
     assert tables.lookup("another", odd) is None
     assert tables.lookup("a-gpu", replace(odd, group_columns=32)) is None
     assert tables.lookup("a-gpu", replace(odd, dtype=torch.float32)) is None

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from gptq_triton.dispatch import DecodePlan, Problem, WidePlan, candidates
+from gptq_triton.dispatch import DecodePlan, LargePlan, Problem, WidePlan, candidates
 from gptq_triton.layout import ONE_GROUP
 from gptq_triton.spec import BITS
 from tests.ptxas import SHARED_MEMORY, ptxas_report
@@ -29,7 +29,8 @@ def compiled(kernel, pointers: dict[str, str | None], integers: tuple[str, ...],
     from triton.experimental.gluon._runtime import GluonASTSource
 
     absent = {name: None for name, kind in pointers.items() if kind is None}
-    types = {name: "*" + kind for name, kind in pointers.items() if kind} | dict.fromkeys(integers, "i32")
+    types = {name: kind if kind.startswith("tensordesc") else "*" + kind for name, kind in pointers.items() if kind}
+    types |= dict.fromkeys(integers, "i32")
     constants = constants | absent
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
@@ -114,3 +115,57 @@ def test_digits_compile(arch, wide, tmp_path):
         pointers = {"x_ptr": dtype, "order_ptr": order, "digits_ptr": "i32", "sums_ptr": "i32"}
         binary = compiled(digits_kernel, pointers, ("M", "K", "steps", "stride_xm"), constants, arch, num_warps=1)
         assert "0 bytes spill stores" in ptxas_report(binary, tmp_path)
+
+
+def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias: bool):
+    from gptq_triton.kernels import large
+
+    bf16 = problem.dtype == torch.bfloat16
+    tiles = large.Tiles(
+        problem.bits, bf16, scales_bf16, problem.group_columns, plan.block_m, plan.groups, plan.stages,
+        plan.split > 1, bias, True,
+    )  # fmt: skip
+    half, rows, flat = "bf16" if bf16 else "fp16", large.ROWS_LAYOUT.value, large.FLAT_LAYOUT.value
+    strips, subgroups = plan.strips_of_program, max(1, 128 // problem.group_columns)
+    pointers = {
+        "x": f"tensordesc<{half}[{plan.block_m}, 64],{rows!r}>",
+        "words": f"tensordesc<i32[{strips}, 128],{flat!r}>",
+        "rest": f"tensordesc<i32[{strips}, 64],{flat!r}>",
+        "meta": f"tensordesc<i32[{subgroups}, {16 * strips}],{flat!r}>",
+        "y": f"tensordesc<{half}[{plan.block_m}, 64],{rows!r}>",
+        "bias_ptr": half if bias else None,
+        "workspace_ptr": "fp32" if plan.split > 1 else None,
+        "counters_ptr": "i32" if plan.split > 1 else None,
+    }
+    integers = ("M", "N", "steps", "split")
+    return compiled(large.large_kernel, pointers, integers, {"C": tiles}, "sm_90", num_warps=4)
+
+
+def large_cases():
+    """Every width, dtype and group, at every size of tiles; fewer where only registers differ."""
+    for bits in BITS:
+        for M in (64, 128, 256):
+            yield replace(LARGE, M=M, bits=bits), False
+        yield replace(LARGE, M=256, bits=bits, group_columns=32, dtype=torch.bfloat16), False
+    yield replace(LARGE, M=32, bits=3, group_columns=64, dtype=torch.bfloat16), True
+    yield replace(LARGE, M=17, group_columns=ONE_GROUP), False
+
+
+@pytest.mark.parametrize(
+    ("problem", "scales_bf16"), [pytest.param(*case, id=str(i)) for i, case in enumerate(large_cases())]
+)
+def test_large_plans_compile_and_fit(problem, scales_bf16, tmp_path):
+    plans = {(p.block_m, p.groups): p for p in candidates(problem) if isinstance(p, LargePlan) and p.split <= 2}
+    assert plans
+    for i, plan in enumerate(plans.values()):
+        plan = replace(plan, split=1 + i % 2)
+        binary = compiled_large(problem, plan, scales_bf16=scales_bf16, bias=problem.bits == 3)
+        assert binary.metadata.shared <= SHARED_MEMORY[problem.arch]
+        report = ptxas_report(binary, tmp_path)
+        spilled = re.search(r"(\d+) bytes spill stores", report)
+        assert spilled
+        assert int(spilled[1]) <= 16, (plan, report)
+        assert "C75" not in report, report  # wgmma serialized
+        # a quarter of a step is two products, for each multiplying group; none waits before the end of the step
+        assert binary.asm["ptx"].count("wgmma.mma_async") == 8 * plan.groups
+        assert binary.asm["ptx"].count("wgmma.wait_group") == plan.groups

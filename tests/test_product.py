@@ -52,6 +52,26 @@ class Kernels:
     def prepare_wide(self, *given: Any, **options: Any) -> Any:
         return self._prepare("wide", *given, **options)
 
+    def prepare_large(self, device, dtype, bias_dtype, *, bits, scales_bf16, group_columns, pdl, **plan) -> Any:
+        block_m, rows, split = plan["block_m"], 64 * plan["groups"], plan["split"]
+
+        def launch(programs, stream, x, words, meta, y, bias, workspace, counters) -> None:
+            assert x.stride(0) % 8 == y.stride(0) % 8 == 0
+            tiles = math.ceil(len(y) / block_m) * math.ceil(y.shape[1] / rows)
+            assert 1 <= programs <= min(132, tiles * split)
+            assert (workspace is None) == (counters is None) == (split == 1)
+            if split > 1:
+                assert workspace.numel() >= split * tiles * block_m * rows
+                assert counters.numel() >= tiles * plan["groups"]
+            assert dtype == y.dtype
+            assert bias_dtype == (None if bias is None else bias.dtype)
+            self.matmul(
+                x, words, meta, None, bias, y, None, None,
+                bits=bits, group_columns=group_columns, scales_bf16=scales_bf16, split=1,
+            )  # fmt: skip
+
+        return launch
+
     def gather(self, x: Tensor, order: Tensor, out: Tensor) -> None:
         out.copy_(torch.where(order >= 0, x[:, order.clamp(min=0).long()], 0))
 
@@ -227,8 +247,8 @@ def test_what_cannot_be_tuned():
     with pytest.raises(ValueError, match="layers must hold at least one QuantLinear on a GPU: nothing to tune"):
         tuning.tune(torch.nn.Sequential(QuantLinear(4, 32, 64, 32)))
     tiled = tile_weight(random_weight(256, 64, 4, 128))
-    with pytest.raises(ValueError, match=r"rows must lie in \[1, 64\], got \[65\]"):
-        tuning.tune([tiled], rows=[65])
+    with pytest.raises(ValueError, match=r"rows must lie in \[1, 1024\], got \[1025\]"):
+        tuning.tune([tiled], rows=[1025])
 
 
 def test_tuning_keeps_the_fastest(gpu, tmp_path, monkeypatch):

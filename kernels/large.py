@@ -1,0 +1,453 @@
+"""``y = x @ W + bias`` for many rows of x: tensor cores that never wait for weights. Gluon, sm_90.
+
+    y[m, n] = bias[n] + sum_k x[m, k] * round(scales[g, n] * (codes[k, n] - zeros[g, n]))
+
+A program is one warp that copies and some groups of four warps that multiply. The copying warp brings steps of 128
+columns into a ring in shared memory, words, meta and x, by the tensor copy engine. A multiplying group owns 64 rows of
+W for a tile of y: it turns words into weights in its registers, a quarter of a step at a time, which are the A operand
+of ``wgmma``, with x in shared memory as the B operand; while its products run, the other groups unpack. Programs stay
+and take tile after tile. Where tiles are too few, several programs share one, each a range of k: partial sums meet in a
+workspace, and the last to arrive adds them in a fixed order.
+
+Dispatch picks it above the rows that decode kernels are for, for scales of 16 bits. Weights are rounded to the dtype of
+x, as a dense weight would be. Source: this project.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# (Gluon's own types are constexprs here and tensors there)
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .common import LAUNCH_DEPENDENTS, WAIT_FOR_EARLIER, barrier, bits_of, do, linear
+from .launch import prepare
+from .unpack_ptx import scale_ptx, weights_ptx
+
+STRIPS = gl.constexpr(4)  # of a multiplying group: a warp each
+BAND = gl.constexpr(8)  # tiles of y along M that programs take before they go on along N
+
+
+class Tiles:
+    """What the kernel is compiled for, as one constexpr.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        bf16: Whether x is bfloat16, not float16.
+        scales_bf16: Whether scales are.
+        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
+        block_m: Rows of x of a tile: a power of two from 16 to 256.
+        groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
+        stages: Steps in the ring.
+        splits: Whether programs share tiles.
+        bias: Whether there is one.
+        pdl: Programmatic dependent launch.
+    """
+
+    def __init__(
+        self, bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, groups: int, stages: int,
+        splits: bool, bias: bool, pdl: bool,
+    ) -> None:  # fmt: skip
+        strips = STRIPS.value
+        lanes, warps = bits_of(32), [[1, 0], [2, 0]]
+        self.key = (bits, bf16, scales_bf16, group_columns, block_m, groups, stages, splits, bias, pdl)
+        asm, constraints, parts = scale_ptx(bf16, scales_bf16)
+        texts = [weights_ptx(bits, bf16, quarter, parts) for quarter in range(4)]
+        constants = {
+            "bits": bits, "block_m": block_m, "groups": groups, "stages": stages, "splits": splits, "bias": bias,
+            "pdl": pdl,
+            "half": gl.bfloat16 if bf16 else gl.float16,
+            "scale": asm, "scale_constraints": constraints, "parts": parts,
+            "weights": tuple(text for text, _ in texts), "constraints": tuple(c for _, c in texts),
+            "outputs": {8: 4, 4: 8, 2: 8, 3: 16}[bits],
+            "vectors": {8: 4, 4: 2, 2: 1, 3: 1}[bits],
+            "group_steps": max(1, group_columns // 128), "subgroups": max(1, 128 // group_columns),
+            "rows": 16 * strips * groups,
+            "registers": {2: 240 if block_m > 128 else 208, 4: 112}[groups],
+            "words_layout": linear([[0, 1], [0, 2]], [[0, 4 * b] for b in lanes], warps, [strips, 128]),
+            "rest_layout": linear([[0, 1]], [[0, 2 * b] for b in lanes], warps, [strips, 64]),
+            "meta_layout": linear(
+                [[0, 1]], [[0, 0]] * 2 + [[0, 2 * b] for b in bits_of(8)], [[0, 16], [0, 32]], [1, 16 * strips]
+            ),
+            "sums_layout": linear(
+                [[0, 1], [0, 2]] + [[4 * b, 0] for b in bits_of(block_m // 8)],
+                [[0, 4 * b] for b in lanes], warps, [block_m // 2, 128],
+            ),
+        }  # fmt: skip
+        for name, value in constants.items():
+            setattr(self, name, gl.constexpr(value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tiles) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"Tiles{self.key}"
+
+
+ROWS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+FLAT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))
+
+
+@gluon.jit
+def _split_fourth(words):
+    """[s, g, t, 2, 2] to both halves of the fourth dimension."""
+    return gl.split(words.permute((0, 1, 2, 4, 3)))
+
+
+@gluon.jit
+def _load_words(words, stage, group: gl.constexpr, C: gl.constexpr):
+    """The words of a step, for each quarter those it needs: [strip, g, t, ...] as `weights_ptx` says."""
+    first = words.index(stage * C.vectors).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
+    first = first.reshape((STRIPS, 8, 4, 2, 2))
+    if C.bits == 2:
+        even, odd = _split_fourth(first)
+        quarters = ((even,), (odd,), (even,), (odd,))
+    else:
+        second = words.index(stage * C.vectors + 1).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
+        second = second.reshape((STRIPS, 8, 4, 2, 2))
+        if C.bits == 4:
+            q0, q1 = _split_fourth(first)
+            q2, q3 = _split_fourth(second)
+            quarters = ((q0,), (q1,), (q2,), (q3,))
+        else:
+            third = words.index(stage * C.vectors + 2).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
+            fourth = words.index(stage * C.vectors + 3).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
+            third = third.reshape((STRIPS, 8, 4, 2, 2))
+            fourth = fourth.reshape((STRIPS, 8, 4, 2, 2))
+            quarters = ((first,), (second,), (third,), (fourth,))
+    return quarters
+
+
+@gluon.jit
+def _load_words3(words, rest, stage, group: gl.constexpr, C: gl.constexpr):
+    """`_load_words` for 3 bits."""
+    low = words.index(stage).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
+    low0, low1 = _split_fourth(low.reshape((STRIPS, 8, 4, 2, 2)))
+    a0, b0 = gl.split(low0)
+    a1, b1 = gl.split(low1)
+    high = rest.index(stage).slice(STRIPS * group, STRIPS, dim=0).load(C.rest_layout)
+    c0, c1 = gl.split(high.reshape((STRIPS, 8, 4, 2)))
+    c0 = gl.convert_layout(c0, a0.type.layout, assert_trivial=True)
+    c1 = gl.convert_layout(c1, a0.type.layout, assert_trivial=True)
+    return ((a0, b0), (a0, b0, c0), (a1, b1), (a1, b1, c1))
+
+
+@gluon.jit
+def _load_meta(meta, stage, group: gl.constexpr, C: gl.constexpr):
+    """For each subgroup of a step its words of meta, [strip, g, r8]."""
+    rows = ()
+    for u in gl.static_range(C.subgroups):
+        row = meta.index(stage).slice(u, 1, dim=0).slice(16 * STRIPS * group, 16 * STRIPS, dim=1)
+        rows = rows + (row.load(C.meta_layout).reshape((STRIPS, 8, 2)),)
+    return rows
+
+
+@gluon.jit
+def _over_words(v, words):
+    """[strip, g] or [strip, g, r8] to the shape of words, [strip, g, t], [strip, g, t, hb] or [strip, g, t, hb, r8]."""
+    L: gl.constexpr = words.type.layout
+    if len(words.shape) > 3:
+        v = gl.convert_layout(v, gl.SliceLayout(2, gl.SliceLayout(3, L)), assert_trivial=True)
+        v = gl.expand_dims(gl.expand_dims(v, 2), 3)
+    else:
+        v = gl.convert_layout(v, gl.SliceLayout(2, L), assert_trivial=True)
+        v = gl.expand_dims(v, 2)
+    return v.broadcast_to(words.shape)
+
+
+@gluon.jit
+def _scale(meta, C: gl.constexpr):
+    """The scale in each word of meta, as `scale_ptx` says."""
+    if C.parts == 1:
+        scale = (
+            gl.inline_asm_elementwise(C.scale, C.scale_constraints, (meta,), dtype=gl.int32, is_pure=True, pack=1),
+        )
+    else:
+        scale = gl.inline_asm_elementwise(
+            C.scale, C.scale_constraints, (meta,), dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
+    return scale
+
+
+@gluon.jit
+def _weights(words, meta, S: gl.constexpr, C: gl.constexpr, A: gl.constexpr):
+    """Quarter S of a step as an A operand, [16 STRIPS, 32]."""
+    inputs = words
+    if C.bits == 8:
+        m = _over_words(meta, words[0])
+        inputs = inputs + (m,) + _scale(m, C)
+    else:
+        m0, m1 = gl.split(meta)
+        m0 = _over_words(m0, words[0])
+        m1 = _over_words(m1, words[0])
+        inputs = inputs + (m0, m1) + _scale(m0, C) + _scale(m1, C)
+    out = gl.inline_asm_elementwise(
+        C.weights[S], C.constraints[S], inputs, dtype=(gl.int16,) * C.outputs, is_pure=True, pack=1
+    )
+    for level in gl.static_range(2 if C.bits == 8 else 4 if C.bits == 3 else 3):
+        pairs = ()
+        for i in gl.static_range(C.outputs >> (level + 1)):
+            pairs = pairs + (gl.join(out[2 * i], out[2 * i + 1]),)
+        out = pairs
+    if C.bits == 8:  # strip, g, t, hb, r8, i0, i1
+        a = out[0].permute((0, 4, 1, 3, 6, 2, 5))
+    elif C.bits == 3:  # strip, g, t, i0, i1, r8, hb
+        a = out[0].permute((0, 5, 1, 6, 4, 2, 3))
+    else:  # strip, g, t, hb, i0, i1, r8
+        a = out[0].permute((0, 6, 1, 3, 5, 2, 4))
+    a = a.reshape((16 * STRIPS, 32)).to(C.half, bitcast=True)
+    return gl.convert_layout(a, A, assert_trivial=True)
+
+
+@gluon.jit
+def _place(tile, tiles_m, tiles_n):
+    """Where a tile of y is: bands of BAND tiles along M, in each of them N outermost."""
+    band = tile // (BAND * tiles_n)
+    first = band * BAND
+    height = gl.minimum(tiles_m - first, BAND)
+    within = tile - band * BAND * tiles_n
+    return first + within % height, within // height
+
+
+@gluon.jit
+def _copy(sources, ring, M, N, steps, split, C: gl.constexpr):
+    """The copying warp."""
+    x, words, rest, meta = sources
+    xs, ws, rs, ms, full, empty = ring
+    tiles_m = gl.cdiv(M, C.block_m)
+    tiles_n = gl.cdiv(N, C.rows)
+    tiles = tiles_m * tiles_n
+    stage = 0
+    phase = 1
+    if C.pdl:
+        do(WAIT_FOR_EARLIER)
+    for unit in range(gl.program_id(0), tiles * split, gl.num_programs(0)):
+        part = unit // tiles
+        tile_m, tile_n = _place(unit - part * tiles, tiles_m, tiles_n)
+        strip = tile_n * STRIPS * C.groups
+        for step in range(steps * part // split, steps * (part + 1) // split):
+            here = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(here, C.block_m * 256 + C.rows * (16 * C.bits + 4 * C.subgroups))
+            for v in gl.static_range(C.vectors):
+                at = ws.index(stage * C.vectors + v)
+                tma.async_copy_global_to_shared(words, [strip, step * 64 * C.bits + 128 * v], here, at)
+            if C.bits == 3:
+                tma.async_copy_global_to_shared(rest, [strip, step * 192 + 128], here, rs.index(stage))
+            row = step * C.subgroups if C.subgroups > 1 else step // C.group_steps
+            tma.async_copy_global_to_shared(meta, [row, tile_n * C.rows], here, ms.index(stage))
+            tma.async_copy_global_to_shared(x, [tile_m * C.block_m, step * 128], here, xs.index(2 * stage))
+            tma.async_copy_global_to_shared(x, [tile_m * C.block_m, step * 128 + 64], here, xs.index(2 * stage + 1))
+            stage += 1
+            if stage == C.stages:
+                stage = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C: gl.constexpr):
+    """A multiplying group."""
+    xs, ws, rs, ms, full, empty = ring
+    workspace_ptr, counters_ptr = meeting
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    tiles_m = gl.cdiv(M, C.block_m)
+    tiles_n = gl.cdiv(N, C.rows)
+    tiles = tiles_m * tiles_n
+    stage = 0
+    phase = 0
+    mine = ys.index(group)
+    for unit in range(gl.program_id(0), tiles * split, gl.num_programs(0)):
+        # Which tile is mine
+        part = unit // tiles
+        tile = unit - part * tiles
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n)
+        first_n = (tile_n * C.groups + group) * 16 * STRIPS
+        count = steps * (part + 1) // split - steps * part // split
+
+        # The loop over k
+        acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, mma)
+        for _ in range(count):
+            mbarrier.wait(full.index(stage), phase)
+            m = _load_meta(ms, stage, group, C)
+            if C.bits == 3:
+                q = _load_words3(ws, rs, stage, group, C)
+            else:
+                q = _load_words(ws, stage, group, C)
+            for s in gl.static_range(4):
+                a = _weights(q[s], m[s * C.subgroups // 4], s, C, A)
+                b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
+                acc = warpgroup_mma(a, b, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(stage))
+            stage += 1
+            if stage == C.stages:
+                stage = 0
+                phase ^= 1
+
+        # Epilogue: partial sums in a fixed order, in the order of registers so that lanes move 16 bytes
+        last = True
+        if C.splits:
+            L: gl.constexpr = C.sums_layout
+            PARTIAL: gl.constexpr = 16 * STRIPS * C.block_m
+            sums = acc.reshape((4, 2, 8, C.block_m // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5))
+            sums = gl.convert_layout(sums.reshape((PARTIAL // 128, 128)), L, assert_trivial=True)
+            offs = gl.expand_dims(gl.arange(0, PARTIAL // 128, gl.SliceLayout(1, L)), 1) * 128
+            offs += gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, L)), 0)
+            first = workspace_ptr + (tile * C.groups + group).to(gl.int64) * (split * PARTIAL) + offs
+            gl.store(first + part * PARTIAL, sums)
+            barrier()
+            counter = counters_ptr + tile * C.groups + group
+            last = gl.atomic_add(counter, 1, sem="acq_rel") == split - 1
+            if last:
+                gl.store(counter, 0)
+                sums = gl.load(first, cache_modifier=".cg")
+                for j in range(1, split):
+                    sums += gl.load(first + j * PARTIAL, cache_modifier=".cg")
+            acc = sums.reshape((C.block_m // 8, 4, 8, 4, 2, 2)).permute((1, 4, 2, 0, 3, 5))
+            acc = gl.convert_layout(acc.reshape((16 * STRIPS, C.block_m)), mma, assert_trivial=True)
+
+        # Store
+        if last:
+            if C.bias:
+                offs_n = first_n + gl.arange(0, 16 * STRIPS, gl.SliceLayout(1, mma))
+                bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
+                acc += gl.expand_dims(bias, 1)
+            tma.store_wait(0)
+            barrier()
+            mine.permute((1, 0)).store(acc.to(C.half))
+            fence_async_shared()
+            barrier()
+            tma.async_copy_shared_to_global(y, [tile_m * C.block_m, first_n], mine)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "steps", "split"], do_not_specialize_on_alignment=["bias_ptr"])
+def large_kernel(x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr, M, N, steps, split, C: gl.constexpr):
+    """As many programs as there are multiprocessors, or units of work if these are fewer."""
+    if C.pdl:
+        do(LAUNCH_DEPENDENTS)
+    xs = gl.allocate_shared_memory(C.half, [2 * C.stages, C.block_m, 64], ROWS_LAYOUT)
+    ws = gl.allocate_shared_memory(gl.int32, [C.vectors * C.stages, STRIPS * C.groups, 128], FLAT_LAYOUT)
+    rs = ws
+    if C.bits == 3:
+        rs = gl.allocate_shared_memory(gl.int32, [C.stages, STRIPS * C.groups, 64], FLAT_LAYOUT)
+    ms = gl.allocate_shared_memory(gl.int32, [C.stages, C.subgroups, C.rows], FLAT_LAYOUT)
+    ys = gl.allocate_shared_memory(C.half, [C.groups, C.block_m, 16 * STRIPS], ROWS_LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(C.stages):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=C.groups)
+    sources = (x, words, rest, meta)
+    ring = (xs, ws, rs, ms, full, empty)
+    meeting = (workspace_ptr, counters_ptr)
+    if C.groups == 2:
+        gl.warp_specialize(
+            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
+             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
+             (_copy, (sources, ring, M, N, steps, split, C))],
+            [4, 1], [C.registers, 40],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
+             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
+             (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
+             (_multiply, (3, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
+             (_copy, (sources, ring, M, N, steps, split, C))],
+            [4, 4, 4, 1], [C.registers, C.registers, C.registers, 24],
+        )  # fmt: skip
+
+
+def prepare_large(
+    device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
+    block_m: int, groups: int, stages: int, split: int, pdl: bool,
+) -> Callable[..., None]:  # fmt: skip
+    """Compile for these constants.
+
+    Args:
+        device: Index of the GPU.
+        dtype: Of x and y: float16 or bfloat16.
+        bias: Its dtype, or None.
+        bits: 2, 3, 4 or 8.
+        scales_bf16: Whether scales are bfloat16, not float16.
+        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
+        block_m: Rows of x of a tile: a power of two from 16 to 256.
+        groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
+        stages: Steps in the ring.
+        split: Programs that share a tile of y.
+        pdl: Programmatic dependent launch.
+
+    Returns:
+        ``launch(programs, stream, x, words, meta, y, bias, workspace, counters)``: x (M, K) and y (M, N) with rows that
+        start at multiples of 16 bytes, words int32 (strips, steps, 64 * bits), meta int32 (groups of columns, 16 *
+        strips), a bias (N,) or its absence; of a tile of y, of which there are ceil(M / block_m) * ceil(N / (64 *
+        groups)), ``split`` partial sums, float32, in the workspace and ``groups`` counters, zero before and after; both
+        None if split is 1.
+    """
+    C = Tiles(
+        bits,
+        dtype == torch.bfloat16,
+        scales_bf16,
+        group_columns,
+        block_m,
+        groups,
+        stages,
+        split > 1,
+        bias is not None,
+        pdl,
+    )
+    subgroups, strips = max(1, 128 // group_columns), STRIPS.value * groups
+    rows_layout, flat_layout = ROWS_LAYOUT.value, FLAT_LAYOUT.value
+    tensor = functools.partial(torch.empty, 16, device=torch.device("cuda", device))
+    like = {kind: tensor(dtype=kind) for kind in (dtype, torch.int32)}
+
+    def describe(base: Tensor, rows: int, columns: int, stride: int, block: list[int], layout: Any) -> TensorDescriptor:
+        return TensorDescriptor(base, [rows, columns], [stride, 1], block, layout)
+
+    def maps(x: Tensor, words: Tensor, meta: Tensor, y: Tensor, shapes: list[tuple[int, int, int]]) -> list[Any]:
+        return [
+            describe(x, *shapes[0], [block_m, 64], rows_layout),
+            describe(words, *shapes[1], [strips, 128], flat_layout),
+            describe(words, *shapes[1], [strips, 64], flat_layout),
+            describe(meta, *shapes[2], [subgroups, 16 * strips], flat_layout),
+            describe(y, *shapes[3], [block_m, 64], rows_layout),
+        ]
+
+    meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
+    typical = maps(like[dtype], like[torch.int32], like[torch.int32], like[dtype], [(1024, 1024, 1024)] * 4)
+    run = prepare(large_kernel, device, (*typical, bias, *meeting), 4, {"C": C}, num_warps=4, launch_pdl=pdl)
+
+    def launch(
+        programs: int, stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor, bias: Tensor | None,
+        workspace: Tensor | None, counters: Tensor | None,
+    ) -> None:  # fmt: skip
+        (M, N), (all_strips, steps, width) = y.shape, words.shape
+        shapes = [
+            (M, x.shape[1], x.stride(0)),
+            (all_strips, steps * width, steps * width),
+            (meta.shape[0], meta.shape[1], meta.shape[1]),
+            (M, N, y.stride(0)),
+        ]
+        addresses = [None if t is None else t.data_ptr() for t in (bias, workspace, counters)]
+        run(programs, 1, stream, *maps(x, words, meta, y, shapes), *addresses, M, N, steps, split)
+
+    return launch

@@ -16,15 +16,16 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from ahead import compile_plans
 from cases import Case
 from torch import Tensor
 from weights import codes_of, dense
 
 from gptq_triton import ops
-from gptq_triton.dispatch import Problem, choose
+from gptq_triton.dispatch import Plan, Problem, choose
 from gptq_triton.layout import ONE_GROUP, STEP, STRIP, tile_weight
 from gptq_triton.packing import PackedWeight
-from gptq_triton.product import gpu
+from gptq_triton.product import gpu, plan_of
 
 
 class Provider:
@@ -73,9 +74,15 @@ class Ours(Provider):
         product = getattr(ops, case.op)
         return lambda: product(x, layer)
 
+    def prepare(self, cases: Sequence[Case]) -> None:
+        compile_plans((self._problem(case), self._plan(case)) for case in cases)
+
     def plan(self, case: Case) -> str | None:
+        return " ".join(f"{key}={value}" for key, value in dataclasses.asdict(self._plan(case)).items())
+
+    def _problem(self, case: Case) -> Problem:
         columns = ONE_GROUP if case.group_size == -1 else case.group_size
-        problem = Problem(
+        return Problem(
             case.M,
             -(-case.N // STRIP),
             -(-case.K // STEP),
@@ -85,8 +92,10 @@ class Ours(Provider):
             True,
             *gpu(0),
         )
-        plan = choose(problem, transposed=case.op == "matmul_transposed")
-        return " ".join(f"{key}={value}" for key, value in dataclasses.asdict(plan).items())
+
+    def _plan(self, case: Case) -> Plan:
+        problem = self._problem(case)
+        return choose(problem, transposed=True) if case.op == "matmul_transposed" else plan_of(problem, 0)
 
 
 class CuBLAS(Provider):

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from ahead import Job, compile_plans
 from shapes import shapes
 
 from gptq_triton import dispatch, product, tables
 from gptq_triton.atomic import atomic_write
-from gptq_triton.dispatch import DecodePlan, MatmulPlan, Problem, WidePlan
+from gptq_triton.dispatch import Problem
 from gptq_triton.layout import TiledWeight
 from gptq_triton.spec import BITS, QuantSpec
 from gptq_triton.tuning import tune
@@ -41,25 +41,12 @@ def random_tiles(N: int, K: int, bits: int) -> TiledWeight:
     return TiledWeight(words, scales | zeros, None, None, GROUP, spec, K, N, torch.float16)
 
 
-def compile_plan(job: tuple[Problem, DecodePlan | WidePlan]) -> None:
-    """Leave a plan's kernel in Triton's cache on disk."""
-    problem, plan = job
-    operands = product.Operands(problem.steps * 128, problem.strips * 16, None, torch.float16, False, True)
-    product.prepare_launch(problem, plan, operands, 0)
-
-
-def jobs(
-    cases: list[tuple[int, int, int]], arch: str, multiprocessors: int
-) -> list[tuple[Problem, DecodePlan | WidePlan]]:
-    """A problem for every kernel that is compiled ahead; matmul.py's compile when they are first launched."""
-    found = {}
+def jobs(cases: list[tuple[int, int, int]], arch: str, multiprocessors: int) -> Iterator[Job]:
+    """Every plan that will be timed."""
     for N, K, bits in cases:
         for M in tables.BUCKETS:
             problem = Problem(M, -(-N // 16), -(-K // 128), bits, GROUP, torch.float16, True, arch, multiprocessors)
-            for plan in dispatch.candidates(problem):
-                if not isinstance(plan, MatmulPlan):
-                    found.setdefault((bits, replace(plan, split=min(plan.split, 2))), (problem, plan))
-    return list(found.values())
+            yield from ((problem, plan) for plan in dispatch.candidates(problem))
 
 
 def main() -> None:
@@ -72,10 +59,8 @@ def main() -> None:
     start = time.monotonic()
     wanted = [shape for shape in shapes() if options.only is None or str(shape) in options.only]
     cases = [(N, K, bits) for bits in options.bits for N, K in wanted]
-    spawn = multiprocessing.get_context("spawn")  # a process that has used the GPU must not fork
-    with spawn.Pool(min(os.cpu_count() or 1, 16)) as pool:
-        pool.map(compile_plan, jobs(cases, *product.gpu(0)), chunksize=1)
-    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    compiled = compile_plans(jobs(cases, *product.gpu(0)))
+    print(f"compiled {compiled} kernels in {time.monotonic() - start:.0f} s", flush=True)
     file = options.out or TUNED / f"{product.gpu_name(0)}.json"
     plans = json.loads(file.read_text()) if file.exists() else tables.shipped(product.gpu_name(0))
     for N, K, bits in cases:

@@ -86,9 +86,13 @@ class Operands:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _prepared(problem: Problem, operands: Operands, device: int, batch_invariant: bool) -> Launch:
+    return prepare_launch(problem, plan_of(problem, device, batch_invariant), operands, device)
+
+
+def plan_of(problem: Problem, device: int, batch_invariant: bool = False) -> Plan:
+    """How ``x @ W`` is computed: as a table of measured plans says, else as estimated."""
     plan = None if batch_invariant else tables.lookup(gpu_name(device), problem)
-    plan = plan or dispatch.choose(problem, batch_invariant=batch_invariant)
-    return prepare_launch(problem, plan, operands, device)
+    return plan or dispatch.choose(problem, batch_invariant=batch_invariant)
 
 
 def forget() -> None:

@@ -14,12 +14,10 @@ x, as a dense weight would be. Source: this project.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 # (Gluon's own types are constexprs here and tensors there)
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .common import LAUNCH_DEPENDENTS, WAIT_FOR_EARLIER, barrier, bits_of, do, linear
-from .launch import prepare
+from .launch import Map, prepare
 from .unpack_ptx import scale_ptx, weights_ptx
 
 STRIPS = gl.constexpr(4)  # of a multiplying group: a warp each
@@ -160,6 +158,17 @@ def _load_meta(meta, stage, group: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
+def _load_step(ring, stage, group: gl.constexpr, C: gl.constexpr):
+    """Words and meta of a step, as `_load_words` and `_load_meta` say."""
+    _, ws, rs, ms, _, _ = ring
+    if C.bits == 3:
+        words = _load_words3(ws, rs, stage, group, C)
+    else:
+        words = _load_words(ws, stage, group, C)
+    return words, _load_meta(ms, stage, group, C)
+
+
+@gluon.jit
 def _over_words(v, words):
     """[strip, g] or [strip, g, r8] to the shape of words, [strip, g, t], [strip, g, t, hb] or [strip, g, t, hb, r8]."""
     L: gl.constexpr = words.type.layout
@@ -227,44 +236,71 @@ def _place(tile, tiles_m, tiles_n):
 
 
 @gluon.jit
-def _copy(sources, ring, M, N, steps, split, C: gl.constexpr):
+def _copy_weight(sources, ring, stage, tile_n, step, C: gl.constexpr):
+    """Words and meta of a step, and how much the step is in all."""
+    words, rest, meta = sources
+    _, ws, rs, ms, full, _ = ring
+    here = full.index(stage)
+    strip = tile_n * STRIPS * C.groups
+    mbarrier.expect(here, C.block_m * 256 + C.rows * (16 * C.bits + 4 * C.subgroups))
+    for v in gl.static_range(C.vectors):
+        at = ws.index(stage * C.vectors + v)
+        tma.async_copy_global_to_shared(words, [strip, step * 64 * C.bits + 128 * v], here, at)
+    if C.bits == 3:
+        tma.async_copy_global_to_shared(rest, [strip, step * 192 + 128], here, rs.index(stage))
+    row = step * C.subgroups if C.subgroups > 1 else step // C.group_steps
+    tma.async_copy_global_to_shared(meta, [row, tile_n * C.rows], here, ms.index(stage))
+
+
+@gluon.jit
+def _copy_x(x, ring, stage, tile_m, step, C: gl.constexpr):
+    xs, _, _, _, full, _ = ring
+    for half in gl.static_range(2):
+        at = xs.index(2 * stage + half)
+        tma.async_copy_global_to_shared(x, [tile_m * C.block_m, step * 128 + 64 * half], full.index(stage), at)
+
+
+@gluon.jit
+def _copy(x, sources, ring, M, N, steps, split, C: gl.constexpr):
     """The copying warp."""
-    x, words, rest, meta = sources
-    xs, ws, rs, ms, full, empty = ring
+    empty = ring[5]
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
     tiles = tiles_m * tiles_n
-    stage = 0
-    phase = 1
+
+    # The weight does not depend on kernels before: as much of it as the ring holds sets out at once
+    unit = gl.program_id(0)
+    part = unit // tiles
+    tile_m, tile_n = _place(unit - part * tiles, tiles_m, tiles_n)
+    lo = steps * part // split
+    ahead = gl.minimum(steps * (part + 1) // split - lo, C.stages)
+    for i in range(ahead):
+        _copy_weight(sources, ring, i, tile_n, lo + i, C)
     if C.pdl:
         do(WAIT_FOR_EARLIER)
+    for i in range(ahead):
+        _copy_x(x, ring, i, tile_m, lo + i, C)
+
+    stage = ahead % C.stages
+    phase = 1 - ahead // C.stages
     for unit in range(gl.program_id(0), tiles * split, gl.num_programs(0)):
         part = unit // tiles
         tile_m, tile_n = _place(unit - part * tiles, tiles_m, tiles_n)
-        strip = tile_n * STRIPS * C.groups
-        for step in range(steps * part // split, steps * (part + 1) // split):
-            here = full.index(stage)
+        for step in range(steps * part // split + ahead, steps * (part + 1) // split):
             mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(here, C.block_m * 256 + C.rows * (16 * C.bits + 4 * C.subgroups))
-            for v in gl.static_range(C.vectors):
-                at = ws.index(stage * C.vectors + v)
-                tma.async_copy_global_to_shared(words, [strip, step * 64 * C.bits + 128 * v], here, at)
-            if C.bits == 3:
-                tma.async_copy_global_to_shared(rest, [strip, step * 192 + 128], here, rs.index(stage))
-            row = step * C.subgroups if C.subgroups > 1 else step // C.group_steps
-            tma.async_copy_global_to_shared(meta, [row, tile_n * C.rows], here, ms.index(stage))
-            tma.async_copy_global_to_shared(x, [tile_m * C.block_m, step * 128], here, xs.index(2 * stage))
-            tma.async_copy_global_to_shared(x, [tile_m * C.block_m, step * 128 + 64], here, xs.index(2 * stage + 1))
+            _copy_weight(sources, ring, stage, tile_n, step, C)
+            _copy_x(x, ring, stage, tile_m, step, C)
             stage += 1
             if stage == C.stages:
                 stage = 0
                 phase ^= 1
+        ahead = 0
 
 
 @gluon.jit
 def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C: gl.constexpr):
     """A multiplying group."""
-    xs, ws, rs, ms, full, empty = ring
+    xs, _, _, _, full, empty = ring
     workspace_ptr, counters_ptr = meeting
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -284,23 +320,22 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
 
         # The loop over k
         acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, mma)
-        for _ in range(count):
-            mbarrier.wait(full.index(stage), phase)
-            m = _load_meta(ms, stage, group, C)
-            if C.bits == 3:
-                q = _load_words3(ws, rs, stage, group, C)
-            else:
-                q = _load_words(ws, stage, group, C)
+        mbarrier.wait(full.index(stage), phase)
+        q, m = _load_step(ring, stage, group, C)
+        for i in range(count):
             for s in gl.static_range(4):
                 a = _weights(q[s], m[s * C.subgroups // 4], s, C, A)
                 b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
                 acc = warpgroup_mma(a, b, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(stage))
+            done = stage
             stage += 1
             if stage == C.stages:
                 stage = 0
                 phase ^= 1
+            mbarrier.wait(full.index(stage), phase, pred=i + 1 < count)
+            q, m = _load_step(ring, stage, group, C)  # of the next step; after the last, nothing that is used
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(done))
 
         # Epilogue: partial sums in a fixed order, in the order of registers so that lanes move 16 bytes
         last = True
@@ -356,14 +391,14 @@ def large_kernel(x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr,
     for i in gl.static_range(C.stages):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=C.groups)
-    sources = (x, words, rest, meta)
+    sources = (words, rest, meta)
     ring = (xs, ws, rs, ms, full, empty)
     meeting = (workspace_ptr, counters_ptr)
     if C.groups == 2:
         gl.warp_specialize(
             [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
              (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
-             (_copy, (sources, ring, M, N, steps, split, C))],
+             (_copy, (x, sources, ring, M, N, steps, split, C))],
             [4, 1], [C.registers, 40],
         )  # fmt: skip
     else:
@@ -372,7 +407,7 @@ def large_kernel(x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr,
              (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
              (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
              (_multiply, (3, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
-             (_copy, (sources, ring, M, N, steps, split, C))],
+             (_copy, (x, sources, ring, M, N, steps, split, C))],
             [4, 4, 4, 1], [C.registers, C.registers, C.registers, 24],
         )  # fmt: skip
 
@@ -417,37 +452,32 @@ def prepare_large(
     )
     subgroups, strips = max(1, 128 // group_columns), STRIPS.value * groups
     rows_layout, flat_layout = ROWS_LAYOUT.value, FLAT_LAYOUT.value
-    tensor = functools.partial(torch.empty, 16, device=torch.device("cuda", device))
-    like = {kind: tensor(dtype=kind) for kind in (dtype, torch.int32)}
-
-    def describe(base: Tensor, rows: int, columns: int, stride: int, block: list[int], layout: Any) -> TensorDescriptor:
-        return TensorDescriptor(base, [rows, columns], [stride, 1], block, layout)
-
-    def maps(x: Tensor, words: Tensor, meta: Tensor, y: Tensor, shapes: list[tuple[int, int, int]]) -> list[Any]:
-        return [
-            describe(x, *shapes[0], [block_m, 64], rows_layout),
-            describe(words, *shapes[1], [strips, 128], flat_layout),
-            describe(words, *shapes[1], [strips, 64], flat_layout),
-            describe(meta, *shapes[2], [subgroups, 16 * strips], flat_layout),
-            describe(y, *shapes[3], [block_m, 64], rows_layout),
-        ]
-
+    place = torch.device("cuda", device)
+    half, words_like = (torch.empty(16, dtype=kind, device=place) for kind in (dtype, torch.int32))
+    typical = [
+        TensorDescriptor(like, [1024, 1024], [1024, 1], block, layout)
+        for like, block, layout in (
+            (half, [block_m, 64], rows_layout),
+            (words_like, [strips, 128], flat_layout),
+            (words_like, [strips, 64], flat_layout),
+            (words_like, [subgroups, 16 * strips], flat_layout),
+            (half, [block_m, 64], rows_layout),
+        )
+    ]
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
-    typical = maps(like[dtype], like[torch.int32], like[torch.int32], like[dtype], [(1024, 1024, 1024)] * 4)
     run = prepare(large_kernel, device, (*typical, bias, *meeting), 4, {"C": C}, num_warps=4, launch_pdl=pdl)
 
     def launch(
         programs: int, stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor, bias: Tensor | None,
         workspace: Tensor | None, counters: Tensor | None,
     ) -> None:  # fmt: skip
-        (M, N), (all_strips, steps, width) = y.shape, words.shape
-        shapes = [
-            (M, x.shape[1], x.stride(0)),
-            (all_strips, steps * width, steps * width),
-            (meta.shape[0], meta.shape[1], meta.shape[1]),
-            (M, N, y.stride(0)),
-        ]
-        addresses = [None if t is None else t.data_ptr() for t in (bias, workspace, counters)]
-        run(programs, 1, stream, *maps(x, words, meta, y, shapes), *addresses, M, N, steps, split)
+        (M, N), (all_strips, steps, width), columns = y.shape, words.shape, meta.shape[1]
+        words_map = Map(words, [all_strips, steps * width], [steps * width, 1])
+        run(
+            programs, 1, stream,
+            Map(x, [M, x.shape[1]], [x.stride(0), 1]), words_map, words_map,
+            Map(meta, [meta.shape[0], columns], [columns, 1]), Map(y, [M, N], [y.stride(0), 1]),
+            *[None if t is None else t.data_ptr() for t in (bias, workspace, counters)], M, N, steps, split,
+        )  # fmt: skip
 
     return launch

@@ -84,7 +84,7 @@ def weights_ptx(bits: int, bf16: bool, quarter: int, parts: int) -> tuple[str, s
 
 
 def scale_ptx(bf16: bool, scales_bf16: bool) -> tuple[str, str, int]:
-    """PTX that takes the scale out of a word of meta; float16 has not the range of bfloat16, and cannot hold its scales.
+    """PTX that takes the scale out of a word of meta. float16 has not the range to hold scales that are bfloat16.
 
     Returns:
         Text and constraints of an inline assembly, and how many parts it puts out: 32-bit registers with a part in

@@ -349,14 +349,20 @@ def test_a_quantized_model_and_its_adapters():
 
 
 def test_every_kernel_of_every_case_is_compiled_ahead_once():
+    import ahead
     import tune
 
     from gptq_triton import dispatch
 
-    found = tune.jobs([(28672, 4096, 4), (4096, 4096, 4), (4096, 4096, 8)], "sm_90", 132)
-    assert len(set(found)) == len(found)
-    kernels = {(problem.bits, dataclasses.replace(plan, split=min(plan.split, 2))) for problem, plan in found}
-    assert len(kernels) == len(found)
+    every = list(tune.jobs([(28672, 4096, 4), (4096, 4096, 4), (4096, 4096, 8)], "sm_90", 132))
+    found = ahead.distinct(every)
+
+    def kernel(problem: dispatch.Problem, plan: dispatch.FusedPlan) -> tuple:
+        return problem.bits, dataclasses.replace(plan, split=min(plan.split, 2))
+
+    kernels = [kernel(*job) for job in found]
+    assert len(set(kernels)) == len(kernels)
+    assert set(kernels) == {kernel(*job) for job in every if not isinstance(job[1], dispatch.MatmulPlan)}
     for problem, plan in found:
         assert plan in set(dispatch.candidates(problem))
     assert {problem.bits for problem, _ in found} == {4, 8}

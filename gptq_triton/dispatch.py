@@ -273,6 +273,8 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
 
     The constants are an H200's: 4.3 TB/s, and cycles of a warp for a strip and step as measured at 1.7 GHz.
     """
+    if isinstance(plan, LargePlan):
+        return _large_microseconds(problem, plan)
     blocks_m, filling = 1, 0.4
     if isinstance(plan, DecodePlan):
         resident, cycles = max(1, 16 // (plan.warps_n * plan.warps_k)), 70 + 30 * plan.tiles
@@ -290,3 +292,17 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     arrival = work * 256 * problem.bits / 4.3e6
     arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
     return max(arrival, arithmetic) + filling * waves + (0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split)
+
+
+# of a program for a step, by rows of x of a tile and multiplying groups, on an H200
+_LARGE_STEP = {(16, 4): 0.72, (32, 4): 0.76, (64, 4): 0.92, (64, 2): 0.52, (128, 2): 0.74, (256, 2): 1.33}
+
+
+def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
+    units = plan.tiles(problem) * plan.split
+    waves = -(-units // problem.multiprocessors)
+    together = min(units, problem.multiprocessors)
+    arrival = together * plan.strips_of_program * 256 * problem.bits / 4.3e6
+    step = max(_LARGE_STEP[plan.block_m, plan.groups], arrival)
+    meeting = 0.0 if plan.split == 1 else plan.split * (0.35 + 0.0065 * plan.block_m)
+    return 2.5 + waves * (-(-problem.steps // plan.split) * step + meeting)

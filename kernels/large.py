@@ -269,24 +269,25 @@ def _copy(x, sources, ring, M, N, steps, split, C: gl.constexpr):
     tiles = tiles_m * tiles_n
 
     # The weight does not depend on kernels before: as much of it as the ring holds sets out at once
-    unit = gl.program_id(0)
-    part = unit // tiles
-    tile_m, tile_n = _place(unit - part * tiles, tiles_m, tiles_n)
-    lo = steps * part // split
-    ahead = gl.minimum(steps * (part + 1) // split - lo, C.stages)
+    first = gl.program_id(0)
+    first_part = first // tiles
+    first_m, first_n = _place(first - first_part * tiles, tiles_m, tiles_n)
+    first_step = steps * first_part // split
+    ahead = gl.minimum(steps * (first_part + 1) // split - first_step, C.stages)
     for i in range(ahead):
-        _copy_weight(sources, ring, i, tile_n, lo + i, C)
+        _copy_weight(sources, ring, i, first_n, first_step + i, C)
     if C.pdl:
         do(WAIT_FOR_EARLIER)
     for i in range(ahead):
-        _copy_x(x, ring, i, tile_m, lo + i, C)
+        _copy_x(x, ring, i, first_m, first_step + i, C)
 
     stage = ahead % C.stages
     phase = 1 - ahead // C.stages
-    for unit in range(gl.program_id(0), tiles * split, gl.num_programs(0)):
+    for unit in range(first, tiles * split, gl.num_programs(0)):
         part = unit // tiles
         tile_m, tile_n = _place(unit - part * tiles, tiles_m, tiles_n)
-        for step in range(steps * part // split + ahead, steps * (part + 1) // split):
+        done = gl.where(unit == first, ahead, 0)
+        for step in range(steps * part // split + done, steps * (part + 1) // split):
             mbarrier.wait(empty.index(stage), phase)
             _copy_weight(sources, ring, stage, tile_n, step, C)
             _copy_x(x, ring, stage, tile_m, step, C)
@@ -294,13 +295,12 @@ def _copy(x, sources, ring, M, N, steps, split, C: gl.constexpr):
             if stage == C.stages:
                 stage = 0
                 phase ^= 1
-        ahead = 0
 
 
 @gluon.jit
 def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C: gl.constexpr):
     """A multiplying group."""
-    xs, _, _, _, full, empty = ring
+    xs, full, empty = ring[0], ring[4], ring[5]
     workspace_ptr, counters_ptr = meeting
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -320,22 +320,19 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
 
         # The loop over k
         acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, mma)
-        mbarrier.wait(full.index(stage), phase)
-        q, m = _load_step(ring, stage, group, C)
-        for i in range(count):
+        for _ in range(count):
+            mbarrier.wait(full.index(stage), phase)
+            q, m = _load_step(ring, stage, group, C)
             for s in gl.static_range(4):
                 a = _weights(q[s], m[s * C.subgroups // 4], s, C, A)
                 b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
                 acc = warpgroup_mma(a, b, acc, is_async=True)
-            done = stage
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(stage))
             stage += 1
             if stage == C.stages:
                 stage = 0
                 phase ^= 1
-            mbarrier.wait(full.index(stage), phase, pred=i + 1 < count)
-            q, m = _load_step(ring, stage, group, C)  # of the next step; after the last, nothing that is used
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(done))
 
         # Epilogue: partial sums in a fixed order, in the order of registers so that lanes move 16 bytes
         last = True

@@ -116,7 +116,7 @@ def test_exact_data_gives_the_exact_answer(bits, dtype):
 
 
 @pytest.mark.parametrize("group_size", [128, 32])
-@pytest.mark.parametrize("M", [3, 8, 16, 50])
+@pytest.mark.parametrize("M", [3, 8, 16, 50, 100, 300])
 def test_every_plan_gives_the_same_answer(M, group_size):
     weight = random_weight(1536, 528, 4, group_size, exact=True, device=DEVICE)
     tiled = tile_weight(weight)
@@ -128,8 +128,9 @@ def test_every_plan_gives_the_same_answer(M, group_size):
         y = torch.full_like(expected, float("nan"))
         product.prepare_launch(problem, plan, operands, 0)(x, 1536, None, tiled, y)
         assert torch.equal(y, expected), plan
-        if isinstance(plan, dispatch.DecodePlan):  # a few programs, which take one tile after another
-            few, plan = replace(problem, multiprocessors=2), replace(plan, persistent=True)
+        if isinstance(plan, (dispatch.DecodePlan, dispatch.LargePlan)):  # few programs take one tile after another
+            few = replace(problem, multiprocessors=2)
+            plan = replace(plan, persistent=True) if isinstance(plan, dispatch.DecodePlan) else plan
             y = torch.full_like(expected, float("nan"))
             product.prepare_launch(few, plan, operands, 0)(x, 1536, None, tiled, y)
             assert torch.equal(y, expected), plan

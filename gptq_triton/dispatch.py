@@ -283,7 +283,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
         resident, cycles = max(1, 16 // plan.warps), 230
     else:
         resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m
-        blocks_m = -(-problem.M // plan.block_m)
+        blocks_m, filling = -(-problem.M // plan.block_m), 4.0
     programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
     slots = resident * problem.multiprocessors
     waves = -(-programs // slots)

@@ -1,0 +1,485 @@
+"""``dx = dy @ W.T`` for many rows: the gradient of a product, without W as floats in memory. Gluon, sm_90.
+
+    dx[m, k] = sum_n dy[m, n] * (scales[g, n] * (code[k, n] - zero[g, n]))
+
+Tiles of dx are computed transposed, W.T times dy.T: two warpgroups own a step of 128 columns k, and each of their eight
+warps needs of a strip just one word a lane (README.md). It becomes weights, rounded as dequantize.py rounds them; then
+``movmatrix`` turns them over, and they are the A operand of wgmma, in registers. dy.T is its B operand, in shared
+memory. Another warp copies words, meta and dy there, some stages of four strips ahead.
+
+Programs are as many as can run at once. Tiles of dx that they cannot share evenly, the *streamed* ones, are cut in
+ranges of n: the program that begins a tile waits for the partial sums of those that go on with it, all of which were
+started before it, and adds them in their order.
+
+Dispatch picks it on Hopper from M = 64 on, for scales of 16 bits. Source: this project.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# (Gluon's own types are constexprs here and tensors there)
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import MockTensor
+
+from .common import barrier, bits_of, linear
+from .launch import prepare
+from .unpack_ptx import transposed_ptx
+
+STAGE = gl.constexpr(4)  # strips of a stage
+WAIT_UNTIL = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; again: ld.acquire.gpu.global.b32 t, [$1]; setp.lt.s32 p, t, $2; @p bra again;"
+    " mov.b32 $0, t; }"
+)
+TILES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+FLAT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))
+
+
+class Form:
+    """What depends on the width of the codes, dtypes and groups, as one constexpr.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        bf16: Whether dy and dx are bfloat16, not float16.
+        scales_bf16: Likewise, scales.
+        subgroups: Groups to a step: 1, 2 or 4.
+    """
+
+    def __init__(self, bits: int, bf16: bool, scales_bf16: bool, subgroups: int) -> None:
+        stage = STAGE.value
+        self.key = (bits, bf16, scales_bf16, subgroups)
+        self.bits = gl.constexpr(bits)
+        self.dtype = gl.constexpr(gl.bfloat16 if bf16 else gl.float16)
+        self.scales = gl.constexpr(gl.bfloat16 if scales_bf16 else gl.float16)
+        self.mixed = gl.constexpr(bf16 != scales_bf16)
+        self.width = gl.constexpr(256 if bits == 8 else 128)  # words of a box
+        self.boxes = gl.constexpr(2 if bits in (4, 8) else 1)
+        self.meta_boxes = gl.constexpr(min(subgroups, 2))
+        self.meta_rows = gl.constexpr(max(1, subgroups // 2))  # of a box
+        self.subgroups = gl.constexpr(subgroups)
+        asm = [transposed_ptx(bits, upper, bf16, bf16 != scales_bf16) for upper in (False, True)]
+        self.lower_asm, self.upper_asm = gl.constexpr(asm[0][0]), gl.constexpr(asm[1][0])
+        self.constraints = gl.constexpr(asm[0][1])
+        strips = [[b, 0] for b in bits_of(stage)]
+        lanes = [[0, 4 * b] for b in bits_of(32)]
+        if bits == 8:
+            layout = linear([[0, 1], *strips], lanes, [[0, 2], [0, 128]], [stage, 256])
+        elif bits == 3:
+            layout = linear([[0, 1], [0, 2], *strips], lanes, [[0, 0], [0, 0]], [stage, 128])
+        else:
+            layout = linear(strips, lanes, [[0, 1], [0, 2]], [stage, 128])
+        self.words = gl.constexpr(layout)
+        self.low_words = gl.constexpr(
+            linear([[0, 1], *strips], [[0, 2 * b] for b in bits_of(32)], [[0, 0], [0, 0]], [stage, 64])
+        )
+        of_warp = [[0, 0], [1, 0] if subgroups == 4 else [0, 0]]
+        self.meta = gl.constexpr(
+            linear(
+                [[0, 1], *[[0, 16 * b] for b in bits_of(stage)]], [[0, 0]] * 2 + [[0, 2 * b] for b in bits_of(8)],
+                of_warp, [max(1, subgroups // 2), 16 * stage],
+            )
+        )  # fmt: skip
+        strips = [[b, 0, 0] for b in bits_of(stage)]
+        self.lanes = gl.constexpr(
+            linear(strips, [[0, b, 0] for b in bits_of(32)], [[0, 0, 1], [0, 0, 2]], [stage, 32, 4])
+        )
+        self.spread = gl.constexpr(
+            linear(
+                [[b, 0, 0, 0, 0] for b in bits_of(stage)],
+                [[0, 0, b, 0, 0] for b in bits_of(4)] + [[0, b, 0, 0, 0] for b in bits_of(8)],
+                [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]], [stage, 8, 4, 2, 2],
+            )
+        )  # fmt: skip
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Form) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"Form{self.key}"
+
+
+@gluon.jit
+def _square(a, b, c, d):
+    """Four tensors, stacked along two new last dimensions."""
+    return gl.join(gl.join(a, c), gl.join(b, d))
+
+
+@gluon.jit
+def _pick(pairs, SECOND: gl.constexpr):
+    """One half of the last dimension, of two."""
+    a, b = gl.split(pairs)
+    return b if SECOND else a
+
+
+@gluon.jit
+def _for_each_warp(v, F: gl.constexpr):
+    """[strip, lane] to [strip, lane, warp]."""
+    v = gl.convert_layout(v, gl.SliceLayout(2, F.lanes), assert_trivial=True)
+    return gl.expand_dims(v, 2).broadcast_to((v.shape[0], 32, 4))
+
+
+@gluon.jit
+def _words(words, low_words, slot, UPPER: gl.constexpr, F: gl.constexpr):
+    """The words from which a warp takes its columns: [strip, lane, warp] each."""
+    w = words.index(slot * F.boxes + (UPPER if F.boxes == 2 else 0)).load(F.words)
+    S: gl.constexpr = w.shape[0]
+    if F.bits == 3:
+        a, b = gl.split(_pick(w.reshape((S, 32, 2, 2)).permute((0, 1, 3, 2)), UPPER))
+        c = _pick(low_words.index(slot).load(F.low_words).reshape((S, 32, 2)), UPPER)
+        which = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, F.lanes)))
+        which = gl.expand_dims(gl.expand_dims(which, 0), 1).broadcast_to((S, 32, 4))
+        out = (_for_each_warp(a, F), _for_each_warp(b, F), _for_each_warp(c, F), which)
+    elif F.bits == 8:
+        w0, w1 = gl.split(w.reshape((S, 2, 32, 2, 2)).permute((0, 2, 1, 3, 4)))
+        w0 = gl.convert_layout(w0.reshape((S, 32, 4)), F.lanes, assert_trivial=True)
+        w1 = gl.convert_layout(w1.reshape((S, 32, 4)), F.lanes, assert_trivial=True)
+        out = (w0, w1)
+    else:
+        out = (gl.convert_layout(w.reshape((S, 32, 4)), F.lanes, assert_trivial=True),)
+    return out
+
+
+@gluon.jit
+def _spread(m, S: gl.constexpr, F: gl.constexpr):
+    """Numbers [row, strip, g] for the lanes and warps that need them, [strip, lane, warp]."""
+    if F.meta_rows == 2:
+        m = m.permute((1, 2, 0))
+        m = gl.convert_layout(m, gl.SliceLayout(2, gl.SliceLayout(4, F.spread)), assert_trivial=True)
+        m = gl.expand_dims(gl.expand_dims(m, 2), 4)
+    else:
+        m = m.reshape((S, 8))
+        m = gl.convert_layout(
+            m, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, F.spread))), assert_trivial=True
+        )
+        m = gl.expand_dims(gl.expand_dims(gl.expand_dims(m, 2), 3), 4)
+    m = m.broadcast_to((S, 8, 4, 2, 2)).reshape((S, 32, 4))
+    return gl.convert_layout(m, F.lanes, assert_trivial=True)
+
+
+@gluon.jit
+def _operand(words, low_words, meta, slot, UPPER: gl.constexpr, F: gl.constexpr, A: gl.constexpr):
+    """Half a step of W.T, 64 columns k of a stage's strips, as the A operand [64, 64]."""
+    w = _words(words, low_words, slot, UPPER, F)
+    S: gl.constexpr = w[0].shape[0]
+    m = meta.index(slot * F.meta_boxes + (UPPER if F.meta_boxes == 2 else 0)).load(F.meta)
+    m0, m1 = gl.split(m.reshape((F.meta_rows, S, 8, 2)))
+    inputs = w + (_spread(m0, S, F), _spread(m1, S, F))
+    if F.mixed:
+        s0 = (m0 >> 16).to(gl.int16).to(F.scales, bitcast=True).to(gl.float32)
+        s1 = (m1 >> 16).to(gl.int16).to(F.scales, bitcast=True).to(gl.float32)
+        inputs = inputs + (_spread(s0, S, F), _spread(s1, S, F))
+    o = gl.inline_asm_elementwise(
+        F.upper_asm if UPPER else F.lower_asm, F.constraints, inputs, dtype=(gl.int16,) * 8, is_pure=True, pack=1
+    )
+    # strip, lane, warp, r8, n % 2, i1
+    a = gl.join(_square(o[0], o[1], o[2], o[3]), _square(o[4], o[5], o[6], o[7])).to(F.dtype, bitcast=True)
+    a = a.reshape((S, 8, 4, 4, 2, 2, 2)).permute((3, 6, 1, 0, 4, 2, 5)).reshape((64, 16 * S))
+    return gl.convert_layout(a, A, assert_trivial=True)
+
+
+@gluon.jit
+def _range(p, streamed, units):
+    """Units of streamed tiles that are program p's: from, to."""
+    total = streamed * units
+    return total * p // gl.num_programs(0), total * (p + 1) // gl.num_programs(0)
+
+
+@gluon.jit
+def _piece(i, p, lo, hi, streamed, units):
+    """Piece i of program p: a tile, and its units from, to."""
+    first = lo // units
+    pieces = (hi + units - 1) // units - first
+    is_streamed = i < pieces
+    tile = gl.where(is_streamed, first + i, streamed + p + (i - pieces) * gl.num_programs(0))
+    start = gl.where(is_streamed, gl.maximum(lo - tile * units, 0), 0)
+    stop = gl.where(is_streamed, gl.minimum(hi - tile * units, units), units)
+    return tile, start, stop
+
+
+@gluon.jit
+def _pieces(p, lo, hi, streamed, tiles, units):
+    """How many program p has."""
+    programs = gl.num_programs(0)
+    whole = (tiles - streamed - p + programs - 1) // programs
+    return gl.where(hi > lo, (hi + units - 1) // units - lo // units, 0) + gl.maximum(whole, 0)
+
+
+@gluon.jit
+def _place(tile, blocks_m, steps, GROUP_M: gl.constexpr):
+    """Where a tile is: block of rows, step. GROUP_M blocks of rows go through the steps together."""
+    group = tile // (GROUP_M * steps)
+    rows = gl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    within = tile - group * GROUP_M * steps
+    return group * GROUP_M + within % rows, within // rows
+
+
+@gluon.jit
+def _copier(
+    dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty, streamed, blocks_m, steps, units,
+    F: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    """One warp: everything to shared memory, as soon as there is room."""
+    p = gl.num_programs(0) - 1 - gl.program_id(0)
+    lo, hi = _range(p, streamed, units)
+    slot = 0
+    phase = 1
+    for i in range(_pieces(p, lo, hi, streamed, blocks_m * steps, units)):
+        tile, start, stop = _piece(i, p, lo, hi, streamed, units)
+        pm, step = _place(tile, blocks_m, steps, GROUP_M)
+        BLOCK_M: gl.constexpr = dy_s.shape[1]
+        for stage in range(start * UNIT, stop * UNIT):
+            mbarrier.wait(empty.index(slot), phase)
+            arrived = full.index(slot)
+            mbarrier.expect(arrived, BYTES)
+            for b in gl.static_range(F.boxes):
+                tma.async_copy_global_to_shared(
+                    words, [stage * STAGE, step * (64 * F.bits) + b * F.width], arrived, words_s.index(slot * F.boxes + b)
+                )
+            if F.bits == 3:
+                tma.async_copy_global_to_shared(
+                    low_words, [stage * STAGE, step * 192 + 128], arrived, low_s.index(slot)
+                )
+            for b in gl.static_range(F.meta_boxes):
+                row = step * F.subgroups + b * F.meta_rows if F.subgroups > 1 else step // GROUP_STEPS
+                tma.async_copy_global_to_shared(
+                    meta, [row, stage * (16 * STAGE)], arrived, meta_s.index(slot * F.meta_boxes + b)
+                )
+            tma.async_copy_global_to_shared(dy, [pm * BLOCK_M, stage * (16 * STAGE)], arrived, dy_s.index(slot))
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase = phase ^ 1
+
+
+@gluon.jit
+def _stages(
+    acc, slot, phase, N: gl.constexpr, dy_s, words_s, low_s, meta_s, full, empty, UPPER: gl.constexpr, F: gl.constexpr,
+    A: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """N stages, a product always on its way; at the end none is, or ptxas would wait for every one."""
+    previous = slot
+    for u in gl.static_range(N):
+        mbarrier.wait(full.index(slot), phase)
+        a = _operand(words_s, low_s, meta_s, slot, UPPER, F, A)
+        acc = warpgroup_mma(a, dy_s.index(slot).permute((1, 0)), acc, is_async=True)
+        if u > 0:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index(previous))
+        previous = slot
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase = phase ^ 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index(previous))
+    return acc, slot, phase
+
+
+@gluon.jit
+def _multiplier(
+    UPPER: gl.constexpr, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
+    streamed, blocks_m, steps, units, F: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
+    SHIFT: gl.constexpr, R: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: 64 columns of each tile of dx."""
+    BLOCK_M: gl.constexpr = dy_s.shape[1]
+    ROWS: gl.constexpr = BLOCK_M // 2  # of 128 partial sums
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    p = gl.num_programs(0) - 1 - gl.program_id(0)
+    lo, hi = _range(p, streamed, units)
+    slot = 0
+    phase = 0
+    out = dx_s.index(UPPER)
+    offs = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, R)), 1) * 128
+    offs = offs + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, R)), 0)
+    for i in range(_pieces(p, lo, hi, streamed, blocks_m * steps, units)):
+        tile, start, stop = _piece(i, p, lo, hi, streamed, units)
+        pm, step = _place(tile, blocks_m, steps, GROUP_M)
+        acc = gl.zeros((64, BLOCK_M), gl.float32, mma)
+        if SHIFT > 0 and UPPER:
+            acc, slot, phase = _stages(
+                acc, slot, phase, SHIFT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+            )
+            for _ in range(start, stop - 1):
+                acc, slot, phase = _stages(
+                    acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+                )
+            acc, slot, phase = _stages(
+                acc, slot, phase, UNIT - SHIFT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+            )
+        else:
+            for _ in range(start, stop):
+                acc, slot, phase = _stages(
+                    acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+                )
+        counter = counters_ptr + tile * 2 + UPPER
+        if start > 0:
+            # Somebody else's tile: leave the sums in the order of registers, 16 bytes a lane
+            v = acc.reshape((4, 2, 8, BLOCK_M // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, 128))
+            v = gl.convert_layout(v, R, assert_trivial=True)
+            gl.store(workspace_ptr + (p * 2 + UPPER) * (64 * BLOCK_M) + offs, v)
+            barrier()
+            gl.atomic_add(counter, 1, sem="release")
+        else:
+            if stop < units:
+                end = (tile + 1) * units
+                others = 0
+                reached = hi
+                while reached < end:
+                    others += 1
+                    _, reached = _range(p + others, streamed, units)
+                gl.inline_asm_elementwise(
+                    WAIT_UNTIL, "=r,l,r", (counter, others), dtype=gl.int32, is_pure=False, pack=1
+                )
+                v = acc.reshape((4, 2, 8, BLOCK_M // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, 128))
+                v = gl.convert_layout(v, R, assert_trivial=True)
+                for j in range(1, others + 1):
+                    v += gl.load(
+                        workspace_ptr + ((p + j) * 2 + UPPER) * (64 * BLOCK_M) + offs, cache_modifier=".cg"
+                    )
+                acc = v.reshape((BLOCK_M // 8, 4, 8, 4, 2, 2)).permute((1, 4, 2, 0, 3, 5)).reshape((64, BLOCK_M))
+                acc = gl.convert_layout(acc, mma, assert_trivial=True)
+                barrier()
+                gl.store(counter, 0)
+            tma.store_wait(0)
+            barrier()
+            out.permute((1, 0)).store(acc.to(F.dtype))
+            fence_async_shared()
+            barrier()
+            tma.async_copy_shared_to_global(dx, [pm * BLOCK_M, step * 128 + 64 * UPPER], out)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["streamed", "blocks_m", "steps", "units"])
+def transposed_kernel(
+    dy, words, low_words, meta, dx, workspace_ptr, counters_ptr,
+    streamed, blocks_m, steps, units,
+    F: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr,
+    UNIT: gl.constexpr, SHIFT: gl.constexpr, R: gl.constexpr,
+):  # fmt: skip
+    """Two warpgroups that multiply, one warp that copies."""
+    dy_s = gl.allocate_shared_memory(F.dtype, [STAGES, BLOCK_M, 16 * STAGE], TILES)
+    words_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.boxes, STAGE, F.width], FLAT)
+    low_s = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE, 64], FLAT) if F.bits == 3 else words_s
+    meta_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.meta_boxes, F.meta_rows, 16 * STAGE], FLAT)
+    dx_s = gl.allocate_shared_memory(F.dtype, [2, BLOCK_M, 64], TILES)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    BYTES: gl.constexpr = 16 * STAGE * (2 * BLOCK_M + 4 * F.subgroups + 16 * F.bits)
+    gl.warp_specialize(
+        [
+            (_multiplier, (0, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
+                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, SHIFT, R)),
+            (_multiplier, (1, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
+                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, SHIFT, R)),
+            (_copier, (dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty,
+                       streamed, blocks_m, steps, units, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+@functools.cache
+def constants(bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, stages: int, group_m: int, unit: int, shift: int):
+    """The constexpr arguments of the kernel."""
+    rows = block_m // 2
+    return {
+        "F": Form(bits, bf16, scales_bf16, max(1, 128 // group_columns)),
+        "BLOCK_M": block_m,
+        "STAGES": stages,
+        "GROUP_STEPS": max(1, group_columns // 128),
+        "GROUP_M": group_m,
+        "UNIT": unit,
+        "SHIFT": shift,
+        "R": linear(
+            [[0, 1], [0, 2], *[[4 * b, 0] for b in bits_of(rows // 4)]],
+            [[0, 4 * b] for b in bits_of(32)],
+            [[1, 0], [2, 0]],
+            [rows, 128],
+        ),
+    }
+
+
+Multiply = Callable[..., None]
+
+
+@functools.cache
+def prepare_transposed(
+    device: int, dtype: torch.dtype, *, bits: int, scales_bf16: bool, group_columns: int, block_m: int, stages: int,
+    group_m: int, unit: int = 4, shift: int = 0,
+) -> Multiply:  # fmt: skip
+    """Compile for these constants.
+
+    Args:
+        device: Index of the GPU.
+        dtype: Of dy and dx: float16 or bfloat16.
+        bits: 2, 3, 4 or 8.
+        scales_bf16: Whether scales are bfloat16, not float16.
+        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
+        block_m: Rows of a tile of dx: 64, 128 or 256.
+        stages: Of four strips, in shared memory.
+        group_m: Blocks of rows that go through the weight together.
+
+    Returns:
+        ``multiply(programs, streamed, stream, dy, words, meta, dx, workspace, counters)``: tensors dy (M, N), words
+        (strips, steps, 64 * bits), meta (groups, 16 * strips) and dx (M, columns of the tiles that are wanted), rows of
+        each at multiples of 16 bytes; addresses of the workspace, 128 * block_m float32 a program, and of two zeroed
+        int32 counters a streamed tile, which are left zeroed. Unless no tile is streamed, the streamed ones have at
+        least as many units of 256 rows of W as there are programs.
+    """
+    names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, group_m, unit, shift)
+    form = names["F"]
+    boxes = (
+        (dtype, [block_m, 16 * STAGE.value], TILES.value),
+        (torch.int32, [STAGE.value, form.width.value], FLAT.value),
+        (torch.int32, [STAGE.value, 64], FLAT.value),
+        (torch.int32, [form.meta_rows.value, 16 * STAGE.value], FLAT.value),
+        (dtype, [block_m, 64], TILES.value),
+    )
+    absent = 2 if bits != 3 else -1
+    described = [
+        None if i == absent else TensorDescriptor(MockTensor(kind), [*box], [box[1], 1], box, layout)
+        for i, (kind, box, layout) in enumerate(boxes)
+    ]
+    launch = prepare(
+        transposed_kernel, device, (*described, torch.float32, torch.int32), 4, names, num_warps=4
+    )
+
+    def multiply(
+        programs: int, streamed: int, stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,
+        workspace: int | None, counters: int | None,
+    ) -> None:  # fmt: skip
+        (strips, steps, _), (M, _) = words.shape, dy.shape
+        flat = words.view(strips, -1)
+        described = [
+            None if i == absent else TensorDescriptor(tensor, tensor.shape, tensor.stride(), box, layout)
+            for i, (tensor, (_, box, layout)) in enumerate(zip((dy, flat, flat, meta, dx), boxes, strict=True))
+        ]
+        launch(
+            programs, 1, stream, *described, workspace, counters,
+            streamed, -(-M // block_m), steps, -(-strips // (STAGE.value * unit)),
+        )  # fmt: skip
+
+    return multiply

@@ -21,7 +21,7 @@ from torch import Tensor
 from weights import codes_of, dense
 
 from gptq_triton import ops
-from gptq_triton.dispatch import Problem, choose
+from gptq_triton.dispatch import Problem, choose, choose_transposed
 from gptq_triton.layout import ONE_GROUP, STEP, STRIP, tile_weight
 from gptq_triton.packing import PackedWeight
 from gptq_triton.product import gpu
@@ -85,7 +85,7 @@ class Ours(Provider):
             True,
             *gpu(0),
         )
-        plan = choose(problem, transposed=case.op == "matmul_transposed")
+        plan = (choose_transposed if case.op == "matmul_transposed" else choose)(problem)
         return " ".join(f"{key}={value}" for key, value in dataclasses.asdict(plan).items())
 
 

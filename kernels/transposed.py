@@ -15,7 +15,7 @@ Dispatch picks it on Hopper from M = 64 on, for scales of 16 bits. Source: this 
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportOperatorIssue=false
 # (Gluon's own types are constexprs here and tensors there)
 
 import functools
@@ -193,38 +193,51 @@ def _operand(words, low_words, meta, slot, UPPER: gl.constexpr, F: gl.constexpr,
     return gl.convert_layout(a, A, assert_trivial=True)
 
 
+# Plain arithmetic, which Python can follow too: who does what
+
+
 @gluon.jit
-def _range(p, streamed, units):
-    """Units of streamed tiles that are program p's: from, to."""
+def share(p, programs, streamed, units):
+    """The units of streamed tiles that are program p's: from, to."""
     total = streamed * units
-    return total * p // gl.num_programs(0), total * (p + 1) // gl.num_programs(0)
+    return total * p // programs, total * (p + 1) // programs
 
 
 @gluon.jit
-def _piece(i, p, lo, hi, streamed, units):
+def pieces(p, programs, streamed, tiles, units):
+    """How many pieces of tiles program p has."""
+    lo, hi = share(p, programs, streamed, units)
+    return (hi + units - 1) // units - lo // units + max((tiles - streamed - p + programs - 1) // programs, 0)
+
+
+@gluon.jit
+def piece(i, p, programs, streamed, units):
     """Piece i of program p: a tile, and its units from, to."""
+    lo, hi = share(p, programs, streamed, units)
     first = lo // units
-    pieces = (hi + units - 1) // units - first
-    is_streamed = i < pieces
-    tile = gl.where(is_streamed, first + i, streamed + p + (i - pieces) * gl.num_programs(0))
-    start = gl.where(is_streamed, gl.maximum(lo - tile * units, 0), 0)
-    stop = gl.where(is_streamed, gl.minimum(hi - tile * units, units), units)
+    shared = (hi + units - 1) // units - first
+    tile = first + i if i < shared else streamed + p + (i - shared) * programs
+    start = max(lo - tile * units, 0) if i < shared else 0
+    stop = min(hi - tile * units, units) if i < shared else units
     return tile, start, stop
 
 
 @gluon.jit
-def _pieces(p, lo, hi, streamed, tiles, units):
-    """How many program p has."""
-    programs = gl.num_programs(0)
-    whole = (tiles - streamed - p + programs - 1) // programs
-    return gl.where(hi > lo, (hi + units - 1) // units - lo // units, 0) + gl.maximum(whole, 0)
+def others(tile, p, programs, streamed, units):
+    """How many programs go on with a tile that program p begins: p + 1, p + 2, ..."""
+    count = 0
+    _, reached = share(p, programs, streamed, units)
+    while reached < (tile + 1) * units:
+        count += 1
+        _, reached = share(p + count, programs, streamed, units)
+    return count
 
 
 @gluon.jit
-def _place(tile, blocks_m, steps, GROUP_M: gl.constexpr):
+def place(tile, blocks_m, steps, GROUP_M: gl.constexpr):
     """Where a tile is: block of rows, step. GROUP_M blocks of rows go through the steps together."""
     group = tile // (GROUP_M * steps)
-    rows = gl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    rows = min(blocks_m - group * GROUP_M, GROUP_M)
     within = tile - group * GROUP_M * steps
     return group * GROUP_M + within % rows, within // rows
 
@@ -235,13 +248,13 @@ def _copier(
     F: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     """One warp: everything to shared memory, as soon as there is room."""
-    p = gl.num_programs(0) - 1 - gl.program_id(0)
-    lo, hi = _range(p, streamed, units)
+    programs = gl.num_programs(0)
+    p = programs - 1 - gl.program_id(0)
     slot = 0
     phase = 1
-    for i in range(_pieces(p, lo, hi, streamed, blocks_m * steps, units)):
-        tile, start, stop = _piece(i, p, lo, hi, streamed, units)
-        pm, step = _place(tile, blocks_m, steps, GROUP_M)
+    for i in range(pieces(p, programs, streamed, blocks_m * steps, units)):
+        tile, start, stop = piece(i, p, programs, streamed, units)
+        pm, step = place(tile, blocks_m, steps, GROUP_M)
         BLOCK_M: gl.constexpr = dy_s.shape[1]
         for stage in range(start * UNIT, stop * UNIT):
             mbarrier.wait(empty.index(slot), phase)
@@ -302,16 +315,16 @@ def _multiplier(
     ROWS: gl.constexpr = BLOCK_M // 2  # of 128 partial sums
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    p = gl.num_programs(0) - 1 - gl.program_id(0)
-    lo, hi = _range(p, streamed, units)
+    programs = gl.num_programs(0)
+    p = programs - 1 - gl.program_id(0)
     slot = 0
     phase = 0
     out = dx_s.index(UPPER)
     offs = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, R)), 1) * 128
     offs = offs + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, R)), 0)
-    for i in range(_pieces(p, lo, hi, streamed, blocks_m * steps, units)):
-        tile, start, stop = _piece(i, p, lo, hi, streamed, units)
-        pm, step = _place(tile, blocks_m, steps, GROUP_M)
+    for i in range(pieces(p, programs, streamed, blocks_m * steps, units)):
+        tile, start, stop = piece(i, p, programs, streamed, units)
+        pm, step = place(tile, blocks_m, steps, GROUP_M)
         acc = gl.zeros((64, BLOCK_M), gl.float32, mma)
         if SHIFT > 0 and UPPER:
             acc, slot, phase = _stages(
@@ -339,18 +352,13 @@ def _multiplier(
             gl.atomic_add(counter, 1, sem="release")
         else:
             if stop < units:
-                end = (tile + 1) * units
-                others = 0
-                reached = hi
-                while reached < end:
-                    others += 1
-                    _, reached = _range(p + others, streamed, units)
+                more = others(tile, p, programs, streamed, units)
                 gl.inline_asm_elementwise(
-                    WAIT_UNTIL, "=r,l,r", (counter, others), dtype=gl.int32, is_pure=False, pack=1
+                    WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1
                 )
                 v = acc.reshape((4, 2, 8, BLOCK_M // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, 128))
                 v = gl.convert_layout(v, R, assert_trivial=True)
-                for j in range(1, others + 1):
+                for j in range(1, more + 1):
                     v += gl.load(
                         workspace_ptr + ((p + j) * 2 + UPPER) * (64 * BLOCK_M) + offs, cache_modifier=".cg"
                     )
@@ -402,7 +410,7 @@ def transposed_kernel(
 
 
 @functools.cache
-def constants(bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, stages: int, group_m: int, unit: int, shift: int):
+def constants(bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, stages: int, group_m: int, unit: int = 4, shift: int = 0):
     """The constexpr arguments of the kernel."""
     rows = block_m // 2
     return {
@@ -420,6 +428,18 @@ def constants(bits: int, bf16: bool, scales_bf16: bool, group_columns: int, bloc
             [rows, 128],
         ),
     }
+
+
+def descriptors(form: Form, dtype: torch.dtype, block_m: int) -> list:
+    """Of dy, words, low_words, meta and dx: dtype, shape and layout of what is copied at a time, or None."""
+    stage, low = STAGE.value, form.bits.value == 3
+    return [
+        (dtype, [block_m, 16 * stage], TILES.value),
+        (torch.int32, [stage, form.width.value], FLAT.value),
+        (torch.int32, [stage, 64], FLAT.value) if low else None,
+        (torch.int32, [form.meta_rows.value, 16 * stage], FLAT.value),
+        (dtype, [block_m, 64], TILES.value),
+    ]
 
 
 Multiply = Callable[..., None]
@@ -450,22 +470,9 @@ def prepare_transposed(
         least as many units of 256 rows of W as there are programs.
     """
     names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, group_m, unit, shift)
-    form = names["F"]
-    boxes = (
-        (dtype, [block_m, 16 * STAGE.value], TILES.value),
-        (torch.int32, [STAGE.value, form.width.value], FLAT.value),
-        (torch.int32, [STAGE.value, 64], FLAT.value),
-        (torch.int32, [form.meta_rows.value, 16 * STAGE.value], FLAT.value),
-        (dtype, [block_m, 64], TILES.value),
-    )
-    absent = 2 if bits != 3 else -1
-    described = [
-        None if i == absent else TensorDescriptor(MockTensor(kind), [*box], [box[1], 1], box, layout)
-        for i, (kind, box, layout) in enumerate(boxes)
-    ]
-    launch = prepare(
-        transposed_kernel, device, (*described, torch.float32, torch.int32), 4, names, num_warps=4
-    )
+    boxes = descriptors(names["F"], dtype, block_m)
+    described = [box and TensorDescriptor(MockTensor(box[0]), box[1], [box[1][1], 1], *box[1:]) for box in boxes]
+    launch = prepare(transposed_kernel, device, (*described, torch.float32, torch.int32), 4, names, num_warps=4)
 
     def multiply(
         programs: int, streamed: int, stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,
@@ -474,8 +481,8 @@ def prepare_transposed(
         (strips, steps, _), (M, _) = words.shape, dy.shape
         flat = words.view(strips, -1)
         described = [
-            None if i == absent else TensorDescriptor(tensor, tensor.shape, tensor.stride(), box, layout)
-            for i, (tensor, (_, box, layout)) in enumerate(zip((dy, flat, flat, meta, dx), boxes, strict=True))
+            box and TensorDescriptor(tensor, tensor.shape, tensor.stride(), *box[1:])
+            for tensor, box in zip((dy, flat, flat, meta, dx), boxes, strict=True)
         ]
         launch(
             programs, 1, stream, *described, workspace, counters,

@@ -45,7 +45,7 @@ def unpack_ptx(bits: int, bf16: bool) -> tuple[str, str]:
 
 @functools.cache
 def transposed_ptx(bits: int, upper: bool, bf16: bool, through_fp32: bool) -> tuple[str, str]:
-    """PTX that turns what a warp needs of a step into an A operand of W.T: 16 columns k as rows, a strip's n as columns.
+    """PTX that turns a warp's words of a strip and step into an A operand of W.T: columns k as rows, n as columns.
 
     Warp ``2 s + hb`` of eight takes columns 32 s + 16 hb and on. ``movmatrix`` turns a register's 8 x 8 weights over.
 

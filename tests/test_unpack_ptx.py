@@ -76,7 +76,7 @@ def run(text: str, inputs: list[torch.Tensor], outputs: int, dtype: torch.dtype)
                     value |= picks[0] & picks[1] & picks[2]
         elif operation == "prmt.b32":
             selector = int(rest.split(", ")[2], 0)
-            value = sum(byte(a[:2], selector >> 4 * i & 7) << 8 * i for i in range(4))
+            value = sum((byte(a[:2], selector >> 4 * i & 7) << 8 * i for i in range(4)), torch.zeros_like(a[0]))
         elif operation in ("and.b32", "or.b32"):
             value = a[0] & a[1] if operation == "and.b32" else a[0] | a[1]
         elif operation == "shl.b32":
@@ -165,7 +165,10 @@ def test_codes_less_zero_points_are_exact_and_in_place(bits, dtype):
 def operands(
     words: torch.Tensor, meta: torch.Tensor, bits: int, dtype: torch.dtype, scales: torch.dtype
 ) -> torch.Tensor:
-    """Words of tiles and meta (strips, steps, s, g, r8) to A operands of W.T, (strips, steps, s, hb, i1, r8, g, t, n % 2)."""
+    """Words of tiles and meta (strips, steps, s, g, r8) to A operands of W.T.
+
+    These are (strips, steps, s, hb, i1, r8, g, t, n % 2).
+    """
     strips, steps = words.shape[:2]
     found = torch.full((strips, steps, 4, 2, 2, 2, 8, 4, 2), float("nan"), dtype=torch.float64)
     for s in range(4):

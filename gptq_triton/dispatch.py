@@ -171,7 +171,7 @@ def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPl
     _check_dtype(problem.dtype)
     if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
         return _dequantize(problem)
-    return min((_transposed(problem, rows) for rows in _TRANSPOSED), key=lambda plan: _cycles(problem, plan))
+    return min((transposed_plan(problem, rows) for rows in ROWS_OF_TILES), key=lambda plan: _cycles(problem, plan))
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -259,10 +259,11 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
 
 
 # cycles for a unit of 256 rows of W and a step, by rows of a tile: of tensor cores 16 a row, and what they wait
-_TRANSPOSED = {64: 1800, 128: 2500, 256: 4500}
+ROWS_OF_TILES = {64: 1800, 128: 2500, 256: 4500}
 
 
-def _transposed(problem: Problem, block_m: int) -> TransposedPlan:
+def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
+    """The plan for ``dy @ W.T`` with tiles of so many rows."""
     stage = 64 * (2 * block_m + 4 * max(1, 128 // problem.group_columns) + 16 * problem.bits)  # bytes
     stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * block_m - 1024) // stage)
     tiles, units = -(-problem.M // block_m) * problem.steps, -(-problem.strips // 16)
@@ -271,7 +272,7 @@ def _transposed(problem: Problem, block_m: int) -> TransposedPlan:
     streamed = left if left == 0 or tiles < programs or 2 * left >= programs else left + programs
     if tiles < programs and programs // tiles * tiles > 0.9 * programs:  # cut every tile in equal parts
         programs = programs // tiles * tiles
-    if streamed * units < programs:
+    if streamed * units < programs or streamed == programs:  # too little to share, or nothing
         programs, streamed = min(programs, tiles), 0
     return TransposedPlan(block_m, stages, 8, programs, streamed)
 
@@ -282,7 +283,7 @@ def _cycles(problem: Problem, plan: TransposedPlan) -> float:
     whole = -(-(tiles - plan.streamed) // plan.programs)
     shared = plan.streamed / plan.programs
     meeting = 40 * plan.block_m * -(-plan.programs // plan.streamed) if plan.streamed else 0
-    return (whole + shared) * (units * _TRANSPOSED[plan.block_m] + 10 * plan.block_m) + meeting
+    return (whole + shared) * (units * ROWS_OF_TILES[plan.block_m] + 10 * plan.block_m) + meeting
 
 
 def microseconds(problem: Problem, plan: FusedPlan) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from weights import codes_of, dense
 
 from gptq_triton import ops
-from gptq_triton.dispatch import Plan, Problem, choose
+from gptq_triton.dispatch import Plan, Problem, TransposedPlan, choose_transposed
 from gptq_triton.layout import ONE_GROUP, STEP, STRIP, tile_weight
 from gptq_triton.packing import PackedWeight
 from gptq_triton.product import gpu, plan_of
@@ -75,7 +75,8 @@ class Ours(Provider):
         return lambda: product(x, layer)
 
     def prepare(self, cases: Sequence[Case]) -> None:
-        compile_plans((self._problem(case), self._plan(case)) for case in cases)
+        forward = [case for case in cases if case.op == "matmul"]
+        compile_plans((self._problem(case), plan_of(self._problem(case), 0)) for case in forward)
 
     def plan(self, case: Case) -> str | None:
         return " ".join(f"{key}={value}" for key, value in dataclasses.asdict(self._plan(case)).items())
@@ -93,9 +94,9 @@ class Ours(Provider):
             *gpu(0),
         )
 
-    def _plan(self, case: Case) -> Plan:
+    def _plan(self, case: Case) -> Plan | TransposedPlan:
         problem = self._problem(case)
-        return choose(problem, transposed=True) if case.op == "matmul_transposed" else plan_of(problem, 0)
+        return choose_transposed(problem) if case.op == "matmul_transposed" else plan_of(problem, 0)
 
 
 class CuBLAS(Provider):

@@ -142,6 +142,17 @@ class DequantizePlan:
     strips: int  # of a slab
 
 
+@dataclass(frozen=True)
+class TransposedPlan:
+    """Tiles of `kernels/transposed.py`."""
+
+    block_m: int
+    stages: int  # of 64 rows of W, in shared memory
+    group_m: int  # blocks of rows of dy that go through W together
+    programs: int
+    streamed: int  # tiles of dx that several programs may share
+
+
 FusedPlan = DecodePlan | WidePlan | MatmulPlan | LargePlan
 Plan = FusedPlan | DequantizePlan
 
@@ -149,32 +160,56 @@ ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row out
 ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits
 # beyond, without the kernel for many rows, W as floats pays off: on an H200 between 128 (4096 x 4096) and 400 rows
 ROWS_OF_MATMUL = 192
+ROWS_OF_TRANSPOSED = 64  # of dy: below, W as floats is faster
 SLAB_BYTES = 256 << 20  # of W as floats at a time
 PARTIAL_BYTES = 64 << 20  # of partial sums at most
 
 
-def choose(problem: Problem, *, transposed: bool = False, batch_invariant: bool = False) -> Plan:
-    """The plan for ``x @ W``, or for ``dy @ W.T`` if transposed.
+def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
+    """The plan for ``x @ W``.
 
     Args:
         problem: What is to be multiplied.
-        transposed: Multiply by the transpose.
         batch_invariant: A row of y may not depend on M: the order of its sum depends on the weight's shape alone.
 
     Raises:
         TypeError: The kernels do not take the dtype.
     """
-    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"dtype must be float16, bfloat16 or float32 on a GPU, got {problem.dtype}")
-    if transposed or (problem.M > ROWS_OF_MATMUL and not problem.takes_large and not batch_invariant):
-        per_strip = 16 * problem.steps * 128 * problem.dtype.itemsize
-        return DequantizePlan(max(1, SLAB_BYTES // per_strip))
+    _check_dtype(problem.dtype)
+    if problem.M > ROWS_OF_MATMUL and not problem.takes_large and not batch_invariant:
+        return _dequantize(problem)
     if batch_invariant:
         # the plan for most rows, whose tiles of x may be fewer
         most = replace(problem, M=ROWS_OF_DECODE)
         plan = min(candidates(most), key=lambda plan: microseconds(most, plan))
         return replace(plan, tiles=1) if isinstance(plan, DecodePlan) and problem.M <= 4 else plan
     return min(candidates(problem), key=lambda plan: microseconds(problem, plan))
+
+
+def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPlan | DequantizePlan:
+    """The plan for ``dy @ W.T``.
+
+    Args:
+        problem: What is to be multiplied; dy has its rows and its dtype.
+        aligned: Rows of dy and of the result start at multiples of 16 bytes.
+
+    Raises:
+        TypeError: The kernels do not take the dtype.
+    """
+    _check_dtype(problem.dtype)
+    if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
+        return _dequantize(problem)
+    return min((transposed_plan(problem, rows) for rows in ROWS_OF_TILES), key=lambda plan: _cycles(problem, plan))
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"dtype must be float16, bfloat16 or float32 on a GPU, got {dtype}")
+
+
+def _dequantize(problem: Problem) -> DequantizePlan:
+    per_strip = 16 * problem.steps * 128 * problem.dtype.itemsize
+    return DequantizePlan(max(1, SLAB_BYTES // per_strip))
 
 
 def candidates(problem: Problem) -> Iterator[FusedPlan]:
@@ -266,6 +301,40 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
             partial = 4 * split * plan.tiles(problem) * rows * block_m
             if split == 1 or (split <= problem.steps and partial <= PARTIAL_BYTES):
                 yield plan
+
+
+STRIPS_OF_UNITS = 32  # of W: programs that share a tile of dx cut it between units
+# cycles for a unit and a step, by rows of a tile: of tensor cores 32 a row, and what they wait
+ROWS_OF_TILES = {64: 3600, 128: 5000, 256: 9000}
+
+
+def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
+    """The plan for ``dy @ W.T`` with tiles of so many rows."""
+    stage = 64 * (2 * block_m + 4 * max(1, 128 // problem.group_columns) + 16 * problem.bits)  # bytes
+    stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * block_m - 1024) // stage)
+    tiles, units = -(-problem.M // block_m) * problem.steps, -(-problem.strips // STRIPS_OF_UNITS)
+    programs = min(problem.multiprocessors, tiles * units)
+    left = tiles % programs
+    streamed = left if left == 0 or tiles < programs or 2 * left >= programs else left + programs
+    if tiles < programs and programs // tiles * tiles > 0.9 * programs:  # cut every tile in equal parts
+        programs = programs // tiles * tiles
+    # too little to share, or nothing; or two to four rounds with the last nearly full, which measured faster alone
+    if (
+        streamed * units < programs
+        or streamed == programs
+        or (programs < tiles < 4 * programs and left > 0.85 * programs)
+    ):
+        programs, streamed = min(programs, tiles), 0
+    return TransposedPlan(block_m, stages, 8, programs, streamed)
+
+
+def _cycles(problem: Problem, plan: TransposedPlan) -> float:
+    """Estimate: of the busiest program."""
+    tiles, units = -(-problem.M // plan.block_m) * problem.steps, -(-problem.strips // STRIPS_OF_UNITS)
+    whole = -(-(tiles - plan.streamed) // plan.programs)
+    shared = plan.streamed / plan.programs
+    meeting = 40 * plan.block_m * -(-plan.programs // plan.streamed) if plan.streamed else 0
+    return (whole + shared) * (units * ROWS_OF_TILES[plan.block_m] + 10 * plan.block_m) + meeting
 
 
 def microseconds(problem: Problem, plan: FusedPlan) -> float:

@@ -8,13 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dispatch, tables
-from .dispatch import DecodePlan, DequantizePlan, LargePlan, MatmulPlan, Plan, Problem, WidePlan
+from .dispatch import (
+    DecodePlan,
+    DequantizePlan,
+    LargePlan,
+    MatmulPlan,
+    Plan,
+    Problem,
+    TransposedPlan,
+    WidePlan,
+)
 from .layout import STEP, STRIP, TiledWeight
 
 
@@ -261,19 +270,49 @@ def product_transposed(dy: Tensor, weight: TiledWeight) -> Tensor:
     """``dy @ W.T``, as `ops.matmul_transposed` says, without gradients."""
     columns = weight.K if weight.order is None else weight.steps * STEP
     problem = problem_of(len(dy), dy.dtype, dy.get_device(), weight)
-    plan = cast(DequantizePlan, dispatch.choose(problem, transposed=True))
+    plan = dispatch.choose_transposed(problem, aligned=weight.N % 8 == columns % 8 == 0)
     with torch.cuda.device(dy.device):
-        if weight.strips <= plan.strips:
-            ((_, w),) = _slabs(plan, problem, weight, dy.dtype, columns)
-            dx = dy @ w
+        if isinstance(plan, TransposedPlan):
+            dx = _by_tiles(plan, problem, dy, weight, columns)
         else:
-            total = torch.zeros(len(dy), columns, dtype=torch.float32, device=dy.device)
-            for first, w in _slabs(plan, problem, weight, dy.dtype, columns):
-                total += dy[:, first : first + len(w)] @ w
-            dx = total.to(dy.dtype)
+            dx = _by_slabs(plan, problem, dy, weight, columns)
     if weight.order is None:
         return dx
     return dx[:, weight.inverse_order()]
+
+
+def _by_tiles(plan: TransposedPlan, problem: Problem, dy: Tensor, weight: TiledWeight, columns: int) -> Tensor:
+    device = dy.get_device()
+    if dy.stride(1) != 1 or dy.stride(0) % 8 or dy.data_ptr() % 16:
+        dy = dy.clone(memory_format=torch.contiguous_format)
+    dx = torch.empty(len(dy), columns, dtype=dy.dtype, device=dy.device)
+    multiply = _kernels("transposed").prepare_transposed(
+        device,
+        dy.dtype,
+        bits=problem.bits,
+        scales_bf16=weight.dtype == torch.bfloat16,
+        group_columns=problem.group_columns,
+        block_m=plan.block_m,
+        stages=plan.stages,
+        group_m=plan.group_m,
+    )
+    sums = plan.programs * STEP * plan.block_m if plan.streamed else 0
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    scratch = _scratch(device)
+    with scratch.lock:
+        memory, counters = scratch.get(stream, sums, 2 * plan.streamed)
+        multiply(plan.programs, plan.streamed, stream, dy, weight.words, weight.meta, dx, memory, counters)
+    return dx
+
+
+def _by_slabs(plan: DequantizePlan, problem: Problem, dy: Tensor, weight: TiledWeight, columns: int) -> Tensor:
+    if weight.strips <= plan.strips:
+        ((_, w),) = _slabs(plan, problem, weight, dy.dtype, columns)
+        return dy @ w
+    total = torch.zeros(len(dy), columns, dtype=torch.float32, device=dy.device)
+    for first, w in _slabs(plan, problem, weight, dy.dtype, columns):
+        total += dy[:, first : first + len(w)] @ w
+    return total.to(dy.dtype)
 
 
 def _slabs(

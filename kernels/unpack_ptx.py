@@ -99,6 +99,45 @@ def scale_ptx(bf16: bool, scales_bf16: bool) -> tuple[str, str, int]:
     return "{ .reg .b32 s, t; .reg .b16 g, h, z; mov.b16 z, 0; " + convert + " }", "=&r,=r,r", 2
 
 
+def transposed_ptx(bits: int, upper: bool, bf16: bool, through_fp32: bool) -> tuple[str, str]:
+    """PTX that turns a warp's words of a strip and step into an A operand of W.T: columns k as rows, n as columns.
+
+    Warp ``2 s + hb`` of eight takes columns 32 s + 16 hb and on. ``movmatrix`` turns a register's 8 x 8 weights over.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        upper: For warps of s >= 2.
+        bf16: Whether the halves are bfloat16, not float16.
+        through_fp32: Multiply by float32 scales, which are inputs of their own; else by those in meta, of bf16 or not.
+
+    Returns:
+        Text and constraints of an inline assembly. Outputs: 16-bit registers [i1][r8][n % 2], of rows 8 i1 + g and
+        columns 8 r8 + 2 t + n % 2 of the operand. Inputs: the warp's word, or words [r8] (8 bits), or A, B, C and
+        2 * (s % 2) + hb (3 bits); then meta [r8], then scales [r8] if they are float32.
+    """
+    ptx = _Ptx(bf16 or through_fp32)
+    words = {3: 4, 8: 2}.get(bits, 1)
+    inputs = [f"${8 + i}" for i in range(words + (4 if through_fp32 else 2))]
+    meta, scales = inputs[words : words + 2], inputs[words + 2 :]
+    word = ptx.one_of_three(*inputs[:4]) if bits == 3 else inputs[0]
+    pairs = []
+    for start in (0, 8):  # i1
+        for r8 in range(2):
+            if bits == 8:
+                value = ptx.byte(inputs[r8], start, meta[r8])
+            else:
+                value = ptx.field(word, start, bits * r8 + 4 * (bits == 2 and upper), bits, meta[r8])
+            if through_fp32:
+                low, high = ptx.emit("shl.b32", value, 16), ptx.emit("and.b32", value, 0xFFFF0000)
+                products = [ptx.emit("mul.f32", part, scales[r8]) for part in (high, low)]
+                value = ptx.emit(f"cvt.rn.{'bf16x2' if bf16 else 'f16x2'}.f32", *products)
+            else:
+                value = ptx.times(value, ptx.emit("prmt.b32", meta[r8], 0, "0x3232"))
+            pairs.append(ptx.emit("movmatrix.sync.aligned.m8n8.trans.b16", value))
+    moves = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};" for i, pair in enumerate(pairs)]
+    return ptx.text(moves), ",".join(["=h"] * 8 + ["r"] * (len(inputs) - len(scales)) + ["f"] * len(scales))
+
+
 class _Ptx:
     """Instructions under construction: each operation returns the register of its result; equal ones are one."""
 
@@ -146,6 +185,18 @@ class _Ptx:
         if rest is None:
             return self.emit(f"mul.{kind}", value, scale)
         return self.emit(f"fma.rn.{kind}", value, scale, self.emit(f"mul.{kind}", value, rest))
+
+    def one_of_three(self, a: str, b: str, c: str, which: str) -> str:
+        """Three bits: a word whose bytes hold registers 2 which and 2 which + 1 of the eight, the later one higher."""
+        sixth = self.emit("lop3.b32", self.shift(a, 5), 0x06060606, self.masked(self.shift(c, 6), 0x01010101), 0xEA)
+        seventh = self.emit("lop3.b32", self.shift(b, 2), 0x30303030, self.masked(self.shift(c, 4), 0x08080808), 0xEA)
+        word = self.emit("or.b32", sixth, seventh)
+        for i, other in ((3, c), (2, b), (1, a)):  # slct: the first where the last is not negative
+            word = self.emit("slct.b32.s32", word, other, self.emit("sub.s32", which, i))
+        return word
+
+    def masked(self, word: str, mask: int) -> str:
+        return self.emit("and.b32", word, mask)
 
     def minus_zero(self, value: str, low: int, meta: str) -> str:
         """``value`` less its magic and the zero point, the lowest byte of ``meta``."""

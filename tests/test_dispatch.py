@@ -17,9 +17,11 @@ from gptq_triton.dispatch import (
     LargePlan,
     MatmulPlan,
     Problem,
+    TransposedPlan,
     WidePlan,
     candidates,
     choose,
+    choose_transposed,
     microseconds,
 )
 from gptq_triton.layout import ONE_GROUP
@@ -45,14 +47,10 @@ problems = st.builds(
 )
 
 
-@given(problems, st.booleans(), st.booleans())
-def test_every_plan_can_be_launched(problem, transposed, batch_invariant):
-    chosen = choose(problem, transposed=transposed, batch_invariant=batch_invariant)
+@given(problems, st.booleans())
+def test_every_plan_can_be_launched(problem, batch_invariant):
+    chosen = choose(problem, batch_invariant=batch_invariant)
     assert type(chosen)(**json.loads(json.dumps(asdict(chosen)))) == chosen
-    if transposed:
-        assert isinstance(chosen, DequantizePlan)
-        assert chosen.strips >= 1
-        return
     for plan in [chosen, *candidates(problem)]:
         if isinstance(plan, DequantizePlan):
             continue
@@ -85,6 +83,67 @@ def test_every_plan_can_be_launched(problem, transposed, batch_invariant):
             assert batch_invariant or problem.M <= 192
             assert plan.block_n % 32 == 0
             assert not plan.ptx or (problem.capability >= 80 and problem.dtype != torch.float32)
+
+
+@given(problems, st.integers(1, 9000), st.booleans())
+def test_every_transposed_plan_can_be_launched(problem, M, aligned):
+    problem = replace(problem, M=M)
+    plan = choose_transposed(problem, aligned=aligned)
+    if isinstance(plan, DequantizePlan):
+        assert plan.strips >= 1
+        return
+    assert aligned
+    assert problem.arch == "sm_90"
+    assert problem.takes_digits
+    stage = 64 * (2 * plan.block_m + 4 * max(1, 128 // problem.group_columns) + 16 * problem.bits)
+    assert plan.stages * (stage + 16) + 256 * plan.block_m + 512 <= SHARED_MEMORY["sm_90"]
+    assert plan.stages >= 3
+    tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // 16)
+    assert 1 <= plan.programs <= problem.multiprocessors
+    assert 0 <= plan.streamed <= tiles
+    assert plan.streamed == 0 or plan.streamed * units >= plan.programs  # a unit or more for each
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    """Who does what in `kernels/transposed.py`, as Python functions."""
+    module = pytest.importorskip("gptq_triton.kernels.transposed")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("share", "pieces", "piece", "others", "place"):
+            patch.setattr(module, name, getattr(module, name).fn)
+        yield module
+
+
+@given(problems, st.integers(64, 9000))
+def test_the_gradients_programs_share_its_tiles(schedule, problem, M):
+    problem = replace(problem, M=M, arch="sm_90", half_scales=True, dtype=torch.float16)
+    plan = choose_transposed(problem)
+    assert isinstance(plan, TransposedPlan)
+    tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // 16)
+    numbers = plan.programs, plan.streamed
+    owners: dict[int, list[tuple[int, int, int]]] = {}
+    for p in range(plan.programs):
+        for i in range(schedule.pieces(p, *numbers, tiles, units)):
+            tile, start, stop = schedule.piece(i, p, *numbers, units)
+            assert 0 <= start < stop <= units
+            owners.setdefault(tile, []).append((start, stop, p))
+    assert sorted(owners) == list(range(tiles))
+    for tile, parts in owners.items():
+        parts.sort()
+        assert parts[0][0] == 0
+        assert [part[0] for part in parts[1:]] + [units] == [part[1] for part in parts]
+        first = parts[0][2]
+        assert [part[2] for part in parts] == list(range(first, first + len(parts)))
+        if len(parts) > 1:
+            assert schedule.others(tile, first, *numbers, units) == len(parts) - 1
+    unfinished = [p for parts in owners.values() for start, _, p in parts if start > 0]
+    assert len(set(unfinished)) == len(unfinished)  # a program has room for the sums of one tile
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_the_gradients_tiles_have_their_places(schedule, blocks_m, steps):
+    places = {schedule.place(tile, blocks_m, steps, 8) for tile in range(blocks_m * steps)}
+    assert places == {(m, k) for m in range(blocks_m) for k in range(steps)}
 
 
 def test_persistent_programs_share_the_tiles_evenly():
@@ -129,6 +188,8 @@ def test_more_weight_takes_longer(M):
 def test_a_dtype_without_a_kernel_is_refused(dtype):
     with pytest.raises(TypeError, match="dtype must be float16, bfloat16 or float32 on a GPU"):
         choose(replace(H200, dtype=dtype))
+    with pytest.raises(TypeError, match="dtype must be float16, bfloat16 or float32 on a GPU"):
+        choose_transposed(replace(H200, dtype=dtype))
 
 
 def test_tables(tmp_path, monkeypatch):

@@ -10,7 +10,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from gptq_triton.dispatch import DecodePlan, LargePlan, Problem, WidePlan, candidates
+from gptq_triton.dispatch import (
+    DecodePlan,
+    LargePlan,
+    Problem,
+    TransposedPlan,
+    WidePlan,
+    candidates,
+    choose_transposed,
+)
 from gptq_triton.layout import ONE_GROUP
 from gptq_triton.spec import BITS
 from tests.ptxas import SHARED_MEMORY, ptxas_report
@@ -29,7 +37,7 @@ def compiled(kernel, pointers: dict[str, str | None], integers: tuple[str, ...],
     from triton.experimental.gluon._runtime import GluonASTSource
 
     absent = {name: None for name, kind in pointers.items() if kind is None}
-    types = {name: kind if kind.startswith("tensordesc") else "*" + kind for name, kind in pointers.items() if kind}
+    types = {name: kind if "<" in kind else "*" + kind for name, kind in pointers.items() if kind}
     types |= dict.fromkeys(integers, "i32")
     constants = constants | absent
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
@@ -100,6 +108,45 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
             assert "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8" in ptx
             # one fence a chunk of digits, none a step: a fence waits for the words that are on their way
             assert ptx.count("fence.proxy.async") == 2
+
+
+def transposed_cases():
+    """Every width; fewer where only dtypes, groups or tiles differ."""
+    halves = torch.float16, torch.bfloat16
+    for bits in BITS:
+        yield bits, halves[0], halves[0], 128, 2048
+        yield bits, halves[1], halves[0], 64, 2048
+    yield 8, halves[1], halves[1], 32, 2048
+    yield 2, halves[0], halves[1], 32, 100
+    yield 3, halves[0], halves[0], ONE_GROUP, 64
+
+
+@pytest.mark.parametrize(("bits", "dtype", "scales", "group_columns", "M"), list(transposed_cases()))
+def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_path):
+    from gptq_triton.kernels import transposed
+
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+    problem = replace(LARGE, M=M, bits=bits, group_columns=group_columns, dtype=dtype)
+    plan = choose_transposed(problem)
+    assert isinstance(plan, TransposedPlan)
+    constants = transposed.constants(
+        bits, dtype == torch.bfloat16, scales == torch.bfloat16, group_columns, plan.block_m, plan.stages, plan.group_m
+    )
+    boxes = transposed.descriptors(constants["F"], dtype, plan.block_m)
+    pointers = dict.fromkeys(("dy", "words", "low_words", "meta", "dx"))
+    for name, box in zip(pointers, boxes, strict=True):
+        pointers[name] = box and f"tensordesc<{names[box[0]]}{box[1]},{box[2]!r}>"
+    pointers |= {"workspace_ptr": "fp32", "counters_ptr": "i32"}
+    integers = ("streamed", "blocks_m", "steps", "units")
+    binary = compiled(transposed.transposed_kernel, pointers, integers, constants, "sm_90", num_warps=4)
+    assert binary.metadata.shared <= SHARED_MEMORY["sm_90"]
+    report = ptxas_report(binary, tmp_path)
+    assert "0 bytes spill stores" in report, report
+    assert "C75" not in report, report  # wgmma serialized
+    ptx = binary.asm["ptx"]
+    # the A operand is in registers, a product of 16 rows of W each; movmatrix turned every one of them over
+    assert f"wgmma.mma_async.sync.aligned.m64n{plan.block_m}k16.f32" in ptx
+    assert ptx.count("movmatrix") == 4 * ptx.count("wgmma.mma_async")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])

@@ -109,7 +109,7 @@ def test_ragged_shapes_transposed(weight, M, dtype):
 def test_exact_data_gives_the_exact_answer(bits, dtype):
     weight = random_weight(200, 104, bits, 32, exact=True, device=DEVICE)
     tiled = tile_weight(weight)
-    for M in (2, 8, 16, 40, 70, 200):
+    for M in (2, 8, 16, 40, 70, 200, 600):
         x, dy = (exact_rows(M, width, dtype, device=DEVICE) for width in (200, 104))
         assert torch.equal(ops.matmul(x, tiled), oracle(x, weight).to(dtype))
         assert torch.equal(ops.matmul_transposed(dy, tiled), oracle(dy, weight, transposed=True).to(dtype))
@@ -225,16 +225,47 @@ def test_gradients(dtype, act_order):
     assert_close(ddy, ddx, weight)
 
 
+@pytest.mark.skipif("torch.cuda.get_device_capability() != (9, 0)", reason="the gradient's kernel is Hopper's")
+@pytest.mark.parametrize(
+    ("dtype", "scales", "group_size", "act_order"),
+    [
+        (torch.float16, torch.float16, 128, False),
+        (torch.bfloat16, torch.bfloat16, 64, True),
+        (torch.bfloat16, torch.float16, 32, False),
+        (torch.float16, torch.bfloat16, -1, False),
+    ],
+)
+@pytest.mark.parametrize("bits", BITS)
+def test_programs_share_the_tiles_of_gradients(bits, dtype, scales, group_size, act_order, monkeypatch):
+    weight = random_weight(1032, 1104, bits, group_size, act_order=act_order, scale_dtype=scales, device=DEVICE)
+    tiled = tile_weight(weight)
+    units = -(-tiled.strips // 16)
+    for M in (64, 300, 1000):
+        dy = random_rows(M, 1104, dtype, device=DEVICE)
+        problem = product.problem_of(M, dtype, 0, tiled)
+        for rows in dispatch.ROWS_OF_TILES:
+            plan = dispatch.transposed_plan(problem, rows)
+            tiles = -(-M // rows) * tiled.steps
+            # as dispatch has it; nothing shared; everything shared, by few and by as many as can be
+            shares = [(7, 0), (7, tiles), (min(132, tiles * units), tiles)]
+            for programs, streamed in [(plan.programs, plan.streamed), *shares]:
+                chosen = replace(plan, programs=programs, streamed=streamed)
+                monkeypatch.setattr(dispatch, "choose_transposed", lambda *_, chosen=chosen, **__: chosen)
+                dx = ops.matmul_transposed(dy, tiled)
+                assert_close(dx, dy, weight, transposed=True)
+                assert torch.equal(ops.matmul_transposed(dy, tiled), dx)
+
+
 def test_slabs(monkeypatch):
     monkeypatch.setattr(dispatch, "SLAB_BYTES", 16 * 256 * 2 * 3)  # three strips at a time
     product.forget()
-    weight = random_weight(256, 200, 4, 64, act_order=True, device=DEVICE)
+    weight = random_weight(256, 204, 4, 64, act_order=True, device=DEVICE)  # 204: rows of dy start anywhere
     tiled = tile_weight(weight)
-    x, dy = (random_rows(300, width, torch.float16, device=DEVICE) for width in (256, 200))
-    bias = random_rows(1, 200, torch.float16, seed=1, device=DEVICE)[0]
+    x, dy = (random_rows(300, width, torch.float16, device=DEVICE) for width in (256, 204))
+    bias = random_rows(1, 204, torch.float16, seed=1, device=DEVICE)[0]
     assert_close(ops.matmul(x, tiled, bias), x, weight, bias)
     error = relative_error(ops.matmul_transposed(dy, tiled), oracle(dy, weight, transposed=True))
-    assert error < 1.2 * typical_error(200, torch.float16)  # slabs are halves before they are added
+    assert error < 1.2 * typical_error(204, torch.float16)  # slabs are halves before they are added
     product.forget()
 
 

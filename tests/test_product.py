@@ -89,6 +89,16 @@ class Kernels:
         out = x.double() @ w[: x.shape[1], : y.shape[1]]
         y.copy_(out if bias is None else out + bias.double())
 
+    def prepare_transposed(self, device: int, dtype: torch.dtype, *, bits, scales_bf16, group_columns, **plan):
+        def multiply(programs, streamed, stream, dy, words, meta, dx, workspace, counters):
+            assert dy.data_ptr() % 16 == dy.stride(0) % 8 == dx.stride(0) % 8 == 0
+            assert dy.stride(1) == 1
+            w = floats(words, meta, None, bits, group_columns, scales_bf16)
+            dx.copy_(dy.double() @ w[: dx.shape[1], : dy.shape[1]].t())
+            self.launches.append(("transposed", plan, (programs, streamed, workspace, counters)))
+
+        return multiply
+
 
 class Scratch:
     """Memory that says how much of it was asked for."""
@@ -138,6 +148,40 @@ def test_rows_of_regimes_without_digits(gpu, M, act_order, group_size):
     assert_close(deep[0], x, weight)
     dy = random_rows(M, 90, torch.float16)
     assert_close(product.product_transposed(dy, tiled), dy, weight, transposed=True)
+
+
+@pytest.mark.parametrize(("M", "N", "K", "group_size", "act_order"), [
+    (64, 96, 304, 32, False), (300, 1040, 1000, 100, True), (4000, 512, 1024, 128, False), (513, 4096, 256, -1, False),
+])  # fmt: skip
+def test_gradients_of_many_rows_take_their_kernel(gpu, M, N, K, group_size, act_order):
+    weight = random_weight(K, N, 4, group_size, act_order=act_order)
+    tiled = tile_weight(weight)
+    dy = random_rows(M, N, torch.bfloat16)
+    unaligned = torch.empty(M * N + 1, dtype=dy.dtype)[1:].view(M, N).copy_(dy)
+    spaced = torch.zeros(M, N + 3, dtype=dy.dtype)[:, :N].copy_(dy)
+    for same in (
+        dy,
+        dy.t().contiguous().t(),
+        unaligned,
+        spaced,
+        torch.zeros(M, 2 * N, dtype=dy.dtype)[:, N:].copy_(dy),
+    ):
+        gpu.kernels.launches.clear()
+        dx = product.product_transposed(same, tiled)
+        assert_close(dx, dy, weight, transposed=True)
+        ((name, plan, (programs, streamed, workspace, counters)),) = gpu.kernels.launches
+        assert name == "transposed"
+        assert (workspace, counters) == (gpu.scratch.memory.data_ptr(), gpu.scratch.zeros.data_ptr())
+        assert gpu.scratch.memory.numel() == (programs * 128 * plan["block_m"] if streamed else 0)
+        assert gpu.scratch.zeros.numel() == 2 * streamed
+
+
+def test_rows_that_start_anywhere_are_multiplied_by_slabs(gpu):
+    for K, N in ((304, 90), (300, 96)):
+        weight = random_weight(K, N, 4, 32)
+        dy = random_rows(300, N, torch.float16)
+        assert_close(product.product_transposed(dy, tile_weight(weight)), dy, weight, transposed=True)
+    assert not gpu.kernels.launches
 
 
 def test_slabs(gpu, monkeypatch):

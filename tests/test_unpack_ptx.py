@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptq_triton.bounds import unit_roundoff
-from gptq_triton.kernels.unpack_ptx import unpack_ptx, weights_ptx
+from gptq_triton.kernels.unpack_ptx import transposed_ptx, unpack_ptx, weights_ptx
 from gptq_triton.layout import tile
 from gptq_triton.spec import BITS
 from tests.strategies import generator
@@ -30,6 +30,16 @@ def register(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return both[..., 0] | both[..., 1] << 16
 
 
+def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `register`, but the halves need not be exact."""
+    return register(values.to(dtype).double(), dtype)
+
+
+def single(registers: torch.Tensor) -> torch.Tensor:
+    """Registers to the float32 that they hold."""
+    return (registers - (registers >> 31 << 32)).to(torch.int32).view(torch.float32)
+
+
 def byte(registers: list[torch.Tensor], selector: int) -> torch.Tensor:
     return (registers[selector // 4] >> 8 * (selector % 4)) & 0xFF
 
@@ -41,6 +51,7 @@ def run(
     shape = inputs[0].shape
     values = {f"${outputs + i}": value for i, value in enumerate(inputs)}
     result: dict[str, torch.Tensor] = {}
+    of_outputs = dtype
 
     def operand(name: str) -> torch.Tensor:
         return values[name] if name in values else torch.full(shape, int(name, 0))
@@ -51,7 +62,7 @@ def run(
         operation, target, rest = re.fullmatch(r"(\S+) (\{.*?\}|\w+), (.*);", line).groups()  # pyright: ignore
         a = [operand(name) for name in rest.split(", ")]
         if operation == "mov.b32" and target.startswith("{"):
-            for name, half in zip(target.strip("{}").split(", "), halves(a[0], dtype).unbind(-1), strict=True):
+            for name, half in zip(target.strip("{}").split(", "), halves(a[0], of_outputs).unbind(-1), strict=True):
                 result[name] = half
             continue
         assert not result, "an output is written while inputs may still be read"
@@ -68,7 +79,23 @@ def run(
                     value |= picks[0] & picks[1] & picks[2]
         elif operation == "prmt.b32":
             selector = int(rest.split(", ")[2], 0)
-            value = sum(byte(a[:2], selector >> 4 * i & 7) << 8 * i for i in range(4))
+            value = sum((byte(a[:2], selector >> 4 * i & 7) << 8 * i for i in range(4)), torch.zeros_like(a[0]))
+        elif operation in ("and.b32", "or.b32"):
+            value = a[0] & a[1] if operation == "and.b32" else a[0] | a[1]
+        elif operation == "shl.b32":
+            value = a[0] << a[1] & WORD
+        elif operation == "sub.s32":
+            value = a[0] - a[1]
+        elif operation == "slct.b32.s32":
+            value = torch.where(a[2] >= 0, a[0], a[1])
+        elif operation == "mul.f32":
+            value = (single(a[0]) * single(a[1])).view(torch.int32).long() & WORD
+        elif operation in ("cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32"):
+            of_outputs = torch.bfloat16 if "bf16" in operation else torch.float16
+            value = rounded(torch.stack((single(a[1]), single(a[0])), -1).double(), of_outputs)
+        elif operation == "movmatrix.sync.aligned.m8n8.trans.b16":  # lane 4 g + t holds row g, columns 2 t, 2 t + 1
+            both = torch.stack((a[0] & 0xFFFF, a[0] >> 16), -1).flatten(-2).transpose(-1, -2).unflatten(-1, (4, 2))
+            value = both[..., 0] | both[..., 1] << 16
         else:
             x = [halves(v, dtype) for v in a]
             if operation == "add.f16x2":
@@ -77,9 +104,9 @@ def run(
                 value = register(x[0] - x[1], dtype)
             elif operation == "fma.rn.bf16x2":
                 exact = x[0] * x[1] + x[2]
-                value = register(exact.to(dtype).double() if rounds else exact, dtype)
+                value = rounded(exact, dtype) if rounds else register(exact, dtype)
             elif operation in ("mul.f16x2", "mul.bf16x2"):
-                value = register((x[0] * x[1]).to(dtype).double(), dtype)
+                value = rounded(x[0] * x[1], dtype)
             else:
                 raise ValueError(operation)
         values[target] = value
@@ -195,6 +222,56 @@ def test_a_float16_is_the_sum_of_two_bfloat16():
     every = every[every.isfinite()]
     high = every.bfloat16().double()
     assert torch.equal(high + (every - high).bfloat16().double(), every)
+
+
+def operands(
+    words: torch.Tensor, meta: torch.Tensor, bits: int, dtype: torch.dtype, scales: torch.dtype
+) -> torch.Tensor:
+    """Words of tiles and meta (strips, steps, s, g, r8) to A operands of W.T.
+
+    These are (strips, steps, s, hb, i1, r8, g, t, n % 2).
+    """
+    strips, steps = words.shape[:2]
+    found = torch.full((strips, steps, 4, 2, 2, 2, 8, 4, 2), float("nan"), dtype=torch.float64)
+    for s in range(4):
+        text, _ = transposed_ptx(bits, s >= 2, dtype == torch.bfloat16, dtype != scales)
+        for hb in range(2):
+            if bits == 8:
+                inputs = list(words.view(strips, steps, 4, 8, 4, 2, 2)[:, :, s, :, :, hb].unbind(-1))
+            elif bits == 4:
+                inputs = [words.view(strips, steps, 2, 8, 4, 2, 2)[:, :, s // 2, :, :, s % 2, hb]]
+            elif bits == 2:
+                inputs = [words.view(strips, steps, 8, 4, 2, 2)[..., s % 2, hb]]
+            else:
+                ab = words[:, :, :128].reshape(strips, steps, 8, 4, 2, 2)[..., s // 2, :]
+                c = words[:, :, 128:].reshape(strips, steps, 8, 4, 2)[..., s // 2]
+                inputs = [*ab.unbind(-1), c, torch.full_like(c, 2 * (s % 2) + hb)]
+            both = [meta[:, :, s, :, r8, None].expand(strips, steps, 8, 4) for r8 in range(2)]
+            inputs += both
+            if dtype != scales:
+                inputs += [halves(m, scales)[..., 1].float().view(torch.int32).long() & WORD for m in both]
+            middle = torch.bfloat16 if dtype != scales else dtype
+            o = run(text, inputs, 8, middle)
+            found[:, :, s, hb] = torch.stack(o, -1).view(strips, steps, 8, 4, 2, 2, 2).permute(0, 1, 4, 5, 2, 3, 6)
+    return found
+
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_operands_of_the_transpose_are_rounded_weights_in_place(bits, dtype, scales):
+    rng = generator(bits)
+    strips, steps = 4, 8
+    codes = torch.randint(0, 2**bits, (128 * steps, 16 * strips), generator=rng, dtype=torch.uint8)
+    zeros = torch.randint(0, 2**bits, (strips, steps, 4, 8, 2), generator=rng)
+    scale = (0.01 + torch.rand(zeros.shape, generator=rng)).to(scales)
+    meta = (scale.view(torch.int16).long() & 0xFFFF) << 16 | zeros
+    found = operands(tile(codes, bits).long() & WORD, meta, bits, dtype, scales)
+    # columns are step s hb i1 g', rows strip r8 t' n % 2: lane 4 g' + t' of the operand has row g', columns 2 t' and on
+    q = codes.long().view(steps, 4, 2, 2, 8, strips, 2, 8).permute(5, 0, 1, 2, 3, 6, 4, 7).unflatten(-1, (4, 2))
+    z, s = (v.permute(0, 1, 2, 4, 3)[:, :, :, None, None, :, None].unflatten(-1, (4, 2)) for v in (zeros, scale))
+    expected = ((q - z).float() * s.float()).to(dtype)
+    assert torch.equal(found, expected.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

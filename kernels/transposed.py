@@ -1,0 +1,358 @@
+"""``dx = dy @ W.T`` for many rows: the gradient of a product, without W as floats in memory. Gluon, sm_90.
+
+    dx[m, k] = sum_n dy[m, n] * (scales[g, n] * (code[k, n] - zero[g, n]))
+
+Tiles of dx are computed transposed, W.T times dy.T: two warpgroups own a step of 128 columns k, and each of their eight
+warps needs of a strip just one word a lane (README.md). It becomes weights, rounded as dequantize.py rounds them; then
+``movmatrix`` turns them over, and they are the A operand of wgmma, in registers. dy.T is its B operand, in shared
+memory. Another warp copies words, meta and dy there, some stages of four strips ahead.
+
+Programs are as many as can run at once. Tiles of dx that they cannot share evenly, the *streamed* ones, are cut in
+ranges of n: the program that begins a tile waits for the partial sums of those that go on with it, all of which were
+started before it, and adds them in their order.
+
+Dispatch picks it on Hopper from M = 64 on, for scales of 16 bits. Source: this project.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+# (Gluon's own types are constexprs here and tensors there)
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import MockTensor
+
+from .common import barrier, bits_of, linear
+from .launch import prepare
+from .turned import STAGE, Form, operand
+
+WAIT_UNTIL = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; again: ld.acquire.gpu.global.b32 t, [$1]; setp.lt.s32 p, t, $2; @p bra again;"
+    " mov.b32 $0, t; }"
+)
+TILES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+FLAT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))
+
+
+# Plain arithmetic, which Python can follow too: who does what
+
+
+@gluon.jit
+def share(p, programs, streamed, units):
+    """The units of streamed tiles that are program p's: from, to."""
+    total = streamed * units
+    return total * p // programs, total * (p + 1) // programs
+
+
+@gluon.jit
+def pieces(p, programs, streamed, tiles, units):
+    """How many pieces of tiles program p has."""
+    lo, hi = share(p, programs, streamed, units)
+    return (hi + units - 1) // units - lo // units + max((tiles - streamed - p + programs - 1) // programs, 0)
+
+
+@gluon.jit
+def piece(i, p, programs, streamed, units):
+    """Piece i of program p: a tile, and its units from, to."""
+    lo, hi = share(p, programs, streamed, units)
+    first = lo // units
+    shared = (hi + units - 1) // units - first
+    tile = first + i if i < shared else streamed + p + (i - shared) * programs
+    start = max(lo - tile * units, 0) if i < shared else 0
+    stop = min(hi - tile * units, units) if i < shared else units
+    return tile, start, stop
+
+
+@gluon.jit
+def others(tile, p, programs, streamed, units):
+    """How many programs go on with a tile that program p begins: p + 1, p + 2, ..."""
+    count = 0
+    _, reached = share(p, programs, streamed, units)
+    while reached < (tile + 1) * units:
+        count += 1
+        _, reached = share(p + count, programs, streamed, units)
+    return count
+
+
+@gluon.jit
+def place(tile, blocks_m, steps, GROUP_M: gl.constexpr):
+    """Where a tile is: block of rows, step. GROUP_M blocks of rows go through the steps together."""
+    group = tile // (GROUP_M * steps)
+    rows = min(blocks_m - group * GROUP_M, GROUP_M)
+    within = tile - group * GROUP_M * steps
+    return group * GROUP_M + within % rows, within // rows
+
+
+@gluon.jit
+def _copier(
+    dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty, streamed, blocks_m, steps, units,
+    F: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
+    BYTES: gl.constexpr,
+):  # fmt: skip
+    """One warp: everything to shared memory, as soon as there is room."""
+    programs = gl.num_programs(0)
+    p = programs - 1 - gl.program_id(0)
+    slot = 0
+    phase = 1
+    for i in range(pieces(p, programs, streamed, blocks_m * steps, units)):
+        tile, start, stop = piece(i, p, programs, streamed, units)
+        pm, step = place(tile, blocks_m, steps, GROUP_M)
+        BLOCK_M: gl.constexpr = dy_s.shape[1]
+        for stage in range(start * UNIT, stop * UNIT):
+            mbarrier.wait(empty.index(slot), phase)
+            arrived = full.index(slot)
+            mbarrier.expect(arrived, BYTES)
+            for b in gl.static_range(F.boxes):
+                tma.async_copy_global_to_shared(
+                    words,
+                    [stage * STAGE, step * (64 * F.bits) + b * F.width],
+                    arrived,
+                    words_s.index(slot * F.boxes + b),
+                )
+            if F.bits == 3:
+                tma.async_copy_global_to_shared(
+                    low_words, [stage * STAGE, step * 192 + 128], arrived, low_s.index(slot)
+                )
+            for b in gl.static_range(F.meta_boxes):
+                row = step * F.subgroups + b * F.meta_rows if F.subgroups > 1 else step // GROUP_STEPS
+                tma.async_copy_global_to_shared(
+                    meta, [row, stage * (16 * STAGE)], arrived, meta_s.index(slot * F.meta_boxes + b)
+                )
+            tma.async_copy_global_to_shared(dy, [pm * BLOCK_M, stage * (16 * STAGE)], arrived, dy_s.index(slot))
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase = phase ^ 1
+
+
+@gluon.jit
+def _stages(
+    acc, slot, phase, N: gl.constexpr, dy_s, words_s, low_s, meta_s, full, empty, UPPER: gl.constexpr, F: gl.constexpr,
+    A: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """N stages, a product always on its way; at the end none is, or ptxas would wait for every one."""
+    previous = slot
+    for u in gl.static_range(N):
+        mbarrier.wait(full.index(slot), phase)
+        a = operand(words_s, low_s, meta_s, slot, UPPER, F, A)
+        acc = warpgroup_mma(a, dy_s.index(slot).permute((1, 0)), acc, is_async=True)
+        if u > 0:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index(previous))
+        previous = slot
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase = phase ^ 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index(previous))
+    return acc, slot, phase
+
+
+@gluon.jit
+def _multiplier(
+    UPPER: gl.constexpr, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
+    streamed, blocks_m, steps, units, F: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
+    SHIFT: gl.constexpr, R: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: 64 columns of each tile of dx."""
+    BLOCK_M: gl.constexpr = dy_s.shape[1]
+    ROWS: gl.constexpr = BLOCK_M // 2  # of 128 partial sums
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    programs = gl.num_programs(0)
+    p = programs - 1 - gl.program_id(0)
+    slot = 0
+    phase = 0
+    out = dx_s.index(UPPER)
+    offs = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, R)), 1) * 128
+    offs = offs + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, R)), 0)
+    for i in range(pieces(p, programs, streamed, blocks_m * steps, units)):
+        tile, start, stop = piece(i, p, programs, streamed, units)
+        pm, step = place(tile, blocks_m, steps, GROUP_M)
+        acc = gl.zeros((64, BLOCK_M), gl.float32, mma)
+        if SHIFT > 0 and UPPER:
+            acc, slot, phase = _stages(
+                acc, slot, phase, SHIFT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+            )
+            for _ in range(start, stop - 1):
+                acc, slot, phase = _stages(
+                    acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+                )
+            acc, slot, phase = _stages(
+                acc, slot, phase, UNIT - SHIFT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+            )
+        else:
+            for _ in range(start, stop):
+                acc, slot, phase = _stages(
+                    acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+                )
+        counter = counters_ptr + tile * 2 + UPPER
+        if start > 0:
+            # Somebody else's tile: leave the sums in the order of registers, 16 bytes a lane
+            v = acc.reshape((4, 2, 8, BLOCK_M // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, 128))
+            v = gl.convert_layout(v, R, assert_trivial=True)
+            gl.store(workspace_ptr + (p * 2 + UPPER) * (64 * BLOCK_M) + offs, v)
+            barrier()
+            gl.atomic_add(counter, 1, sem="release")
+        else:
+            if stop < units:
+                more = others(tile, p, programs, streamed, units)
+                gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
+                v = acc.reshape((4, 2, 8, BLOCK_M // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, 128))
+                v = gl.convert_layout(v, R, assert_trivial=True)
+                for j in range(1, more + 1):
+                    v += gl.load(workspace_ptr + ((p + j) * 2 + UPPER) * (64 * BLOCK_M) + offs, cache_modifier=".cg")
+                acc = v.reshape((BLOCK_M // 8, 4, 8, 4, 2, 2)).permute((1, 4, 2, 0, 3, 5)).reshape((64, BLOCK_M))
+                acc = gl.convert_layout(acc, mma, assert_trivial=True)
+                barrier()
+                gl.store(counter, 0)
+            tma.store_wait(0)
+            barrier()
+            out.permute((1, 0)).store(acc.to(F.dtype))
+            fence_async_shared()
+            barrier()
+            tma.async_copy_shared_to_global(dx, [pm * BLOCK_M, step * 128 + 64 * UPPER], out)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["streamed", "blocks_m", "steps", "units"])
+def transposed_kernel(
+    dy, words, low_words, meta, dx, workspace_ptr, counters_ptr,
+    streamed, blocks_m, steps, units,
+    F: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr,
+    UNIT: gl.constexpr, SHIFT: gl.constexpr, R: gl.constexpr,
+):  # fmt: skip
+    """Two warpgroups that multiply, one warp that copies."""
+    dy_s = gl.allocate_shared_memory(F.dtype, [STAGES, BLOCK_M, 16 * STAGE], TILES)
+    words_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.boxes, STAGE, F.width], FLAT)
+    low_s = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE, 64], FLAT) if F.bits == 3 else words_s
+    meta_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.meta_boxes, F.meta_rows, 16 * STAGE], FLAT)
+    dx_s = gl.allocate_shared_memory(F.dtype, [2, BLOCK_M, 64], TILES)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    BYTES: gl.constexpr = 16 * STAGE * (2 * BLOCK_M + 4 * F.subgroups + 16 * F.bits)
+    gl.warp_specialize(
+        [
+            (_multiplier, (0, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
+                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, SHIFT, R)),
+            (_multiplier, (1, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
+                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, SHIFT, R)),
+            (_copier, (dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty,
+                       streamed, blocks_m, steps, units, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+@functools.cache
+def constants(
+    bits: int,
+    bf16: bool,
+    scales_bf16: bool,
+    group_columns: int,
+    block_m: int,
+    stages: int,
+    group_m: int,
+    unit: int = 4,
+    shift: int = 0,
+):
+    """The constexpr arguments of the kernel."""
+    rows = block_m // 2
+    return {
+        "F": Form(bits, bf16, scales_bf16, max(1, 128 // group_columns)),
+        "BLOCK_M": block_m,
+        "STAGES": stages,
+        "GROUP_STEPS": max(1, group_columns // 128),
+        "GROUP_M": group_m,
+        "UNIT": unit,
+        "SHIFT": shift,
+        "R": linear(
+            [[0, 1], [0, 2], *[[4 * b, 0] for b in bits_of(rows // 4)]],
+            [[0, 4 * b] for b in bits_of(32)],
+            [[1, 0], [2, 0]],
+            [rows, 128],
+        ),
+    }
+
+
+def descriptors(form: Form, dtype: torch.dtype, block_m: int) -> list:
+    """Of dy, words, low_words, meta and dx: dtype, shape and layout of what is copied at a time, or None."""
+    stage, low = STAGE.value, form.bits.value == 3
+    return [
+        (dtype, [block_m, 16 * stage], TILES.value),
+        (torch.int32, [stage, form.width.value], FLAT.value),
+        (torch.int32, [stage, 64], FLAT.value) if low else None,
+        (torch.int32, [form.meta_rows.value, 16 * stage], FLAT.value),
+        (dtype, [block_m, 64], TILES.value),
+    ]
+
+
+Multiply = Callable[..., None]
+
+
+@functools.cache
+def prepare_transposed(
+    device: int, dtype: torch.dtype, *, bits: int, scales_bf16: bool, group_columns: int, block_m: int, stages: int,
+    group_m: int, unit: int = 8, shift: int = 4,
+) -> Multiply:  # fmt: skip
+    """Compile for these constants.
+
+    Args:
+        device: Index of the GPU.
+        dtype: Of dy and dx: float16 or bfloat16.
+        bits: 2, 3, 4 or 8.
+        scales_bf16: Whether scales are bfloat16, not float16.
+        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
+        block_m: Rows of a tile of dx: 64, 128 or 256.
+        stages: Of four strips, in shared memory.
+        group_m: Blocks of rows that go through the weight together.
+        unit: Stages of a unit: programs that share a tile cut it between units.
+        shift: Stages by which one multiplying group runs behind the other.
+
+    Returns:
+        ``multiply(programs, streamed, stream, dy, words, meta, dx, workspace, counters)``: tensors dy (M, N), words
+        (strips, steps, 64 * bits), meta (groups, 16 * strips) and dx (M, columns of the tiles that are wanted), rows of
+        each at multiples of 16 bytes; addresses of the workspace, 128 * block_m float32 a program, and of two zeroed
+        int32 counters a streamed tile, which are left zeroed. Unless no tile is streamed, the streamed ones have at
+        least as many units of 256 rows of W as there are programs.
+    """
+    names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, group_m, unit, shift)
+    boxes = descriptors(names["F"], dtype, block_m)
+    described = [box and TensorDescriptor(MockTensor(box[0]), box[1], [box[1][1], 1], *box[1:]) for box in boxes]
+    launch = prepare(transposed_kernel, device, (*described, torch.float32, torch.int32), 4, names, num_warps=4)
+
+    def multiply(
+        programs: int, streamed: int, stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,
+        workspace: int | None, counters: int | None,
+    ) -> None:  # fmt: skip
+        (strips, steps, _), (M, _) = words.shape, dy.shape
+        flat = words.view(strips, -1)
+        described = [
+            box and TensorDescriptor(tensor, tensor.shape, tensor.stride(), *box[1:])
+            for tensor, box in zip((dy, flat, flat, meta, dx), boxes, strict=True)
+        ]
+        launch(
+            programs, 1, stream, *described, workspace, counters,
+            streamed, -(-M // block_m), steps, -(-strips // (STAGE.value * unit)),
+        )  # fmt: skip
+
+    return multiply

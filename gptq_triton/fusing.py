@@ -99,6 +99,7 @@ def fuse(model: nn.Module, siblings: Iterable[Sequence[str]] = SIBLINGS) -> nn.M
     """Merge quantized layers that read the same input, in place.
 
     Only layers that agree in everything but their width are merged: bits, groups, order, format, dtypes and device.
+    Layers whose call is more than their product stay as they are: those with hooks, and parts that several ranks share.
 
     Args:
         model: With `QuantLinear` layers.
@@ -111,7 +112,7 @@ def fuse(model: nn.Module, siblings: Iterable[Sequence[str]] = SIBLINGS) -> nn.M
         for names in siblings:
             layers = [parent._modules.get(name) for name in names]
             linears = [layer for layer in layers if isinstance(layer, QuantLinear)]
-            if len(linears) == len(names) and _agree(linears):
+            if len(linears) == len(names) and all(map(_plain, linears)) and _agree(linears):
                 merged = _Merged(_merge(linears), [layer.out_features for layer in linears])
                 for index, name in enumerate(names):
                     setattr(parent, name, FusedPart(merged, index))
@@ -125,6 +126,12 @@ def unfuse(model: nn.Module) -> nn.Module:
         for name, layer in {name: part.unfused() for name, part in parts.items()}.items():
             setattr(parent, name, layer)
     return model
+
+
+def _plain(layer: QuantLinear) -> bool:
+    """Whether calling the layer is its product and nothing else."""
+    hooked = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or "forward" in vars(layer)
+    return not hooked and layer.outfeatures == layer.out_features
 
 
 def _agree(layers: list[QuantLinear]) -> bool:

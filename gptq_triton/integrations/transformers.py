@@ -42,7 +42,7 @@ from gptq_triton.tensorfile import open_tensors
 
 from .tensor_parallel import is_shard, take_over
 from .transformers_config import GptqTritonConfig
-from .transformers_parallel import adapt_plan, read_shard
+from .transformers_parallel import adapt_plan, read_shard, tp_mesh
 
 __all__ = ["GptqTritonConfig", "GptqTritonQuantizer", "autogptq_config", "claim_gptq", "release_gptq"]
 
@@ -104,6 +104,8 @@ class GptqTritonQuantizer(HfQuantizer):
             if self.pre_quantized:
                 self._replace_layers(model, files)
         if self.pre_quantized:
+            if not hasattr(HfQuantizer, "update_parallel_plan"):  # before transformers 5.23
+                adapt_plan(model, model.tp_plan)
             return
         if quantized:
             raise ValueError(
@@ -119,7 +121,7 @@ class GptqTritonQuantizer(HfQuantizer):
         found = layer_parts(files)
         place = match_checkpoint(model, files)
         modules = {name for name, _ in model.named_modules()}
-        tensor_parallel = getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1
+        split = getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1  # known from 5.23 on
         for name in found:
             own_name = _in_model(place[f"{name}.qweight"].removesuffix(".qweight"), model, modules)
             if own_name not in modules:
@@ -130,7 +132,7 @@ class GptqTritonQuantizer(HfQuantizer):
             # of use for a device map only, and held whole by no rank
             layer._non_persistent_buffers_set.update(PARTS)
             layer._hf_quantized_needs_local_tp = True  # transformers' parallel styles then use plain tensors
-            if tensor_parallel:
+            if split:
                 layer._buffers.update(dict.fromkeys(set(PARTS) - {"bias"}))
             self._layers[own_name] = name
         for module in model.modules():  # some architectures would initialize `weight` of layers that have none now
@@ -162,9 +164,10 @@ class GptqTritonQuantizer(HfQuantizer):
         return model
 
     def _read(self, model: Any, name: str, layer: QuantLinear, part: LayerParts, claim: Claim) -> Layout:
-        if layer._buffers["qweight"] is None:  # under tensor parallelism
+        mesh = tp_mesh(model)
+        if mesh is not None:
             layout = detect(part, claim, shape=matrix_shape(layer))
-            take_over(layer, read_shard(model, name, layer, layout, part))
+            take_over(layer, read_shard(model, mesh, name, layer, layout, part))
             return layout
         device = layer.g_idx.device
         if device.type == "meta":

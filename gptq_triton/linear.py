@@ -44,7 +44,8 @@ class QuantLinear(nn.Module):
     are adopted.
 
     On the CPU these are the layer's buffers. On a GPU the first three are held as kernel tiles instead (`prepare`), and
-    are None: moving a layer there, packing it or loading it there does so. ``weight_packed`` has them on any device.
+    are empty or None: moving a layer there, packing it or loading it there does so. ``weight_packed`` has them on any
+    device.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -226,6 +227,7 @@ class QuantLinear(nn.Module):
             self._tiles = tile_weight(self.weight_packed)
             for name in _PACKED:
                 self._buffers[name] = None
+            self.qweight = self.g_idx.new_empty(0)  # PEFT asks where a layer is by it
             for name in _TILED:
                 self.register_buffer(name, getattr(self._tiles, name.removeprefix("tile_")), persistent=False)
 

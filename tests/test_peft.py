@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
-from gptq_triton import QuantizeConfig, QuantLinear, merge_lora, quantize_model, save_quantized
+from gptq_triton import QuantizeConfig, QuantLinear, fuse, merge_lora, quantize_model, save_quantized, unfuse
 from gptq_triton.integrations.peft import LoraQuantLinear, register
 from gptq_triton.integrations.transformers import GptqTritonConfig
 from tests.tiny import batches, tiny
@@ -210,6 +210,15 @@ def test_all_linear(folders):
     found = get_peft_model(model, register(config, model))
     layers = [name for name, m in load(folders).named_modules() if isinstance(m, QuantLinear)]
     assert sorted(found.targeted_module_names) == sorted(layers)
+
+
+def test_merged_layers_take_no_adapters(folders):
+    model = fuse(load(folders))
+    with pytest.raises(ValueError, match=r"unfuse\(model\) first"):
+        register(LoraConfig(target_modules="all-linear"), model)
+    with pytest.raises(ValueError, match=r"unfuse\(model\) first"):
+        get_peft_model(model, register(lora()))
+    assert logits(get_peft_model(unfuse(model), register(lora()))).shape == logits(load(folders)).shape
 
 
 def test_transformers_own_adapters(folders):

@@ -35,6 +35,7 @@ from gptq_triton.experts import match_checkpoint
 from gptq_triton.files import Files
 from gptq_triton.filling import matrix_shape, read_layer, report
 from gptq_triton.findings import Claim, Layout, corrected
+from gptq_triton.fusing import stored_layers, unfuse
 from gptq_triton.linear import QuantLinear
 from gptq_triton.model import quantize_model
 from gptq_triton.parts import PARTS, LayerParts, layer_parts
@@ -185,7 +186,7 @@ class GptqTritonQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Called before a model is saved: its config must say what the layers are."""
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        layers = stored_layers(model)
         _check_whole(layers)
         state, label = storable_state(model, layers)
         self.quantization_config.desc_act = any(layer.act_order for layer in layers.values())
@@ -196,6 +197,7 @@ class GptqTritonQuantizer(HfQuantizer):
         """Put a floating layer, of the kind the architecture has there, in place of every quantized one."""
         if isinstance(dtype, str):  # as a config that was saved has it
             dtype = cast("torch.dtype", getattr(torch, dtype))
+        unfuse(model)
         _check_whole({name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)})
         with torch.device("meta"):
             plain = dict(type(model)(model.config).named_modules())

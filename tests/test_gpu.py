@@ -295,6 +295,18 @@ def test_cuda_graph_replays_with_new_inputs(M):
         assert torch.equal(dx, ops.matmul_transposed(y, tiled))
 
 
+@pytest.mark.parametrize("M", [1, 8, 16, 64, 300])
+def test_graphs_that_torch_compile_makes(M):
+    """Nothing may outlive their warm-up in their pool; shapes that no other test has, so that memory has to grow."""
+    torch._dynamo.reset()
+    layer = QuantLinear.from_packed(random_weight(9216 + 128 * M, 320, 4, 128, act_order=M == 8, device=DEVICE))
+    compiled = torch.compile(lambda x: layer(x).relu(), mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for seed in range(4):
+            x = random_rows(M, layer.in_features, torch.float16, seed=seed, device=DEVICE)
+            assert torch.equal(compiled(x), layer(x).relu())
+
+
 @pytest.mark.parametrize("M", [1, 8, 16, 64])
 def test_streams_threads_and_graphs_at_once(M):
     tiled = tile_weight(random_weight(8192, 256, 4, 128, device=DEVICE))

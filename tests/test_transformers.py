@@ -4,9 +4,11 @@ import copy
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTQConfig
@@ -454,6 +456,30 @@ def test_quantize_on_load_refuses(floating):
     config = GptqTritonConfig(dataset=batches(2))
     with pytest.raises(ValueError, match="device_map must name one device"):
         load(floating, quantization_config=config, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_push_to_hub(folders, tmp_path, monkeypatch):
+    """What would be sent is a folder that loads."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+
+    class Api:
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, repo_id, operations, **_):
+            assert repo_id == "me/model"
+            for operation in operations:
+                shutil.copy(operation.path_or_fileobj, hub / operation.path_in_repo)
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Api)
+    card = ModelCard("a model")  # the hub would be asked for one
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    model = load(folders / "llama")
+    model.push_to_hub("me/model")
+    assert {"config.json", "model.safetensors"} <= {file.name for file in hub.iterdir()}
+    for again in (load(hub), load_quantized(hub)):
+        assert torch.equal(logits(again), logits(model))
 
 
 # merged siblings

@@ -224,12 +224,16 @@ class QuantLinear(nn.Module):
         """
         if self._tiles is None and self.qweight.is_cuda and self.scales.dtype != torch.float64:
             product.reserve(self.qweight.get_device())
-            self._tiles = tile_weight(self.weight_packed)
-            for name in _PACKED:
-                self._buffers[name] = None
-            self.qweight = self.g_idx.new_empty(0)  # PEFT asks where a layer is by it
-            for name in _TILED:
-                self.register_buffer(name, getattr(self._tiles, name.removeprefix("tile_")), persistent=False)
+            self._tile()
+
+    def _tile(self) -> None:
+        """Hold tiles, on any device."""
+        self._tiles = tile_weight(self.weight_packed)
+        for name in _PACKED:
+            self._buffers[name] = None
+        self.qweight = self.g_idx.new_empty(0)  # PEFT asks where a layer is by it
+        for name in _TILED:
+            self.register_buffer(name, getattr(self._tiles, name.removeprefix("tile_")), persistent=False)
 
     def _tiled_by_buffers(self) -> TiledWeight:
         """The tiled weight with the buffers as they are now."""

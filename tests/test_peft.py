@@ -120,6 +120,22 @@ def test_dora_with_dropout_and_bfloat16(folders):
     assert error(gradients(half), {n: g.double() for n, g in gradients(model.eval()).items()}) < 0.1
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_layers_that_hold_tiles(name, dora, folders, tmp_path):
+    """As they do on a GPU."""
+    model, tiled = load(folders, name), load(folders, name)
+    for layer in tiled.modules():
+        if isinstance(layer, QuantLinear):
+            layer._tile()
+    model, tiled = (adapted(each, register(lora(name, use_dora=dora))) for each in (model, tiled))
+    assert error(gradients(tiled), {n: g.double() for n, g in gradients(model).items()}) <= 1e-5
+    tiled.save_pretrained(tmp_path)
+    config = register(PeftConfig.from_pretrained(tmp_path))
+    again = PeftModel.from_pretrained(load(folders, name), tmp_path, config=config)
+    assert (logits(again) - logits(tiled)).norm() <= 1e-5 * logits(tiled).norm()
+
+
 def test_kbit_training_and_gradient_checkpointing(folders):
     model = load(folders)
     assert all(p.requires_grad for p in model.parameters())

@@ -26,8 +26,8 @@ class GraphedDecoding:
 
     ``model.generate(**inputs, max_new_tokens=100, custom_generate=GraphedDecoding())``. Keep the object: the first
     call with a batch size compiles a step and captures it, later ones replay it, and its cache grows when a call
-    needs more. Logits processors and stopping criteria work as ever; beams, streamers, scores, caches of your own
-    and sliding windows do not. On the CPU it is the same loop without graphs.
+    needs more. Logits processors and stopping criteria work as ever; beams, scores, caches of your own and sliding
+    windows are refused, and a streamer is not handed on by transformers. On the CPU it is the same loop without graphs.
     """
 
     def __init__(self) -> None:
@@ -55,31 +55,37 @@ class GraphedDecoding:
             ValueError: Something is asked for that needs transformers' own loop.
         """
         _check(model, generation_config, model_kwargs)
+        with torch.cuda.device_of(input_ids):
+            return self._decode(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+
+    def _decode(
+        self, model: Any, input_ids: Tensor, processor: Any, criteria: Any, config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
         batch = input_ids.shape[0]
-        length = -(-(generation_config.max_length + _TRIALS) // _ROUND) * _ROUND
+        length = -(-(config.max_length + _TRIALS) // _ROUND) * _ROUND
         steps = self._steps.get(batch)
         if steps is None or steps.model is not model or steps.length < length:
             self._steps.pop(batch, None)  # its memory is needed first
             steps = self._steps[batch] = _Steps(model, batch, length)
         mask = model_kwargs.get("attention_mask")
         logits = steps.begin(input_ids, torch.ones_like(input_ids) if mask is None else mask, model_kwargs)
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         late = _Late(input_ids.device)
         ids = input_ids
         while True:
-            scores = logits_processor(ids, logits)
-            if generation_config.do_sample:
+            scores = processor(ids, logits)
+            if config.do_sample:
                 tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
             else:
                 tokens = scores.argmax(-1)
             if ends:
-                tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor.to(tokens.device))
+                tokens = torch.where(unfinished, tokens, config._pad_token_tensor.to(tokens.device))
             ids = torch.cat([ids, tokens[:, None]], 1)
-            unfinished = unfinished & ~stopping_criteria(ids, None)
+            unfinished = unfinished & ~criteria(ids, None)
             if late.over(unfinished):
                 return ids[:, :-1]
-            if ids.shape[1] >= generation_config.max_length:
+            if ids.shape[1] >= config.max_length:
                 return ids
             logits = steps.next(tokens)
 
@@ -145,15 +151,15 @@ class _Steps:
     def _capture(self, start: int) -> None:
         """Compile and run the step beside the current stream, capture it, and forget what it left in the cache."""
         positions = self.positions.clone()
-        stream = torch.cuda.Stream(self.tokens.device)
-        stream.wait_stream(torch.cuda.current_stream(self.tokens.device))
-        with torch.cuda.device(self.tokens.device), torch.cuda.stream(stream):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(_TRIALS):
                 self._run()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 self._run()
-        torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         self.graph = graph
         self.positions.copy_(positions)
         for layer in self.cache.layers:

@@ -53,6 +53,8 @@ def seconds(model: Any, prompt: torch.Tensor, new: int, **how: Any) -> float:
 
 def measure(model: Any, batch: int) -> list[dict[str, Any]]:
     """A row for each way."""
+    loop = interleaved({"loop": e2e.decode(model, batch)}, preheat=0.3)["loop"] / 1e3
+    print(f"loop: {loop:.3f} ms", flush=True)
     prompt = torch.randint(0, model.config.vocab_size, (batch, e2e.PROMPT), device=model.device)
     ways = {"graphed": {"custom_generate": GraphedDecoding()}, "static": {"cache_implementation": "static"}}
     rows = []
@@ -67,14 +69,13 @@ def measure(model: Any, batch: int) -> list[dict[str, Any]]:
             )
         except Exception as problem:  # the others go on
             row["error"] = f"{type(problem).__name__}: {problem}".replace("\n", " ")[:300]
+            print(row, flush=True)
             continue
         ms = (whole - start) / (NEW_TOKENS - 1) * 1e3
         tokens = batch * NEW_TOKENS / whole
         row |= {"first_call_s": round(first, 1), "ms": round(ms, 4), "tokens_per_s": round(tokens, 1)}
-    loop = interleaved({"loop": e2e.decode(model, batch)}, preheat=0.3)["loop"] / 1e3
-    for row in rows:
-        if "ms" in row:
-            row |= {"loop_ms": round(loop, 4), "vs_loop": round(loop / row["ms"], 3)}
+        row |= {"loop_ms": round(loop, 4), "vs_loop": round(loop / ms, 3)}
+        print(row, flush=True)
     return rows
 
 
@@ -90,12 +91,10 @@ def main() -> None:
     run = provenance(METHOD) | {"layers": options.layers}
     ledger = Ledger(options.out or folder() / "generate.json", run, renew=True, identity=("job", "kind", "way"))
     kinds = e2e.models(options.layers, 4)
+    print("models made", flush=True)
     for kind in options.kinds:
         for batch in options.batches:
-            rows = [{"kind": kind} | row for row in measure(kinds[kind], batch)]
-            ledger.add(rows)
-            for row in rows:
-                print(row, flush=True)
+            ledger.add({"kind": kind} | row for row in measure(kinds[kind], batch))
 
 
 if __name__ == "__main__":

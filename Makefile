@@ -21,7 +21,7 @@ lint: $(STAMPS)/dev
 	$(RUN)/lint-imports
 
 docs: $(STAMPS)/dev  ## the documentation, in build/site
-	$(RUN)/python -m mkdocs build
+	$(RUN)/python -m mkdocs build --strict
 
 test-gpu: $(STAMPS)/dev  ## the tests that need a GPU
 	$(RUN)/python bench/gpu_tests.py

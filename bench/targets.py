@@ -52,6 +52,14 @@ class Results:
     def e2e(self) -> list[dict[str, Any]]:
         return read(self.folder / "e2e.json")["rows"]
 
+    @cached_property
+    def generate(self) -> list[dict[str, Any]]:
+        return read(self.folder / "generate.json")["rows"]
+
+    @cached_property
+    def parallel(self) -> list[dict[str, Any]]:
+        return read(self.folder / "parallel.json")["rows"]
+
     def _cells(self, name: str) -> dict[Case, Cell]:
         return cells(read(self.folder / f"{name}.json")["rows"])
 
@@ -290,6 +298,21 @@ def _targets() -> list[Target]:
         Target("model, prefill of 2048 tokens: times the speed of fp16", 0.97, lambda r: _model(r.e2e, "prefill")),
         Target("model, training step of adapters: times the speed of fp16", 1 / 1.1, lambda r: _model(r.e2e, "lora")),
         Target("model: times the weight memory of fp16", 0.40, lambda r: _memory(r.e2e), at_least=False),
+        Target(
+            "generate with GraphedDecoding: times the speed of the decoding loop",
+            1.0,
+            lambda r: {
+                f"{row['job']} {row['kind']}": row["vs_loop"]
+                for row in r.generate
+                if row["way"] == "graphed" and "vs_loop" in row
+            },
+        ),
+        Target(
+            "two GPUs: a rank's share of the layers' memory",
+            0.55,
+            lambda r: {f"{row['job']} {row['kind']}": row["share"] for row in r.parallel if "share" in row},
+            at_least=False,
+        ),
     ]
     return found
 

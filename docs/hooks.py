@@ -12,7 +12,8 @@ from mkdocs.structure.files import File, Files
 from gptq_triton.layout import STEP, STRIP, untile
 from gptq_triton.packing import RUN, pack
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results" / "cpu"
+ROOT = Path(__file__).parent.parent
+RESULTS, GPU = ROOT / "bench" / "results" / "cpu", ROOT / "bench" / "results" / "h200"
 COLOURS = ("#3f51b5", "#7986cb")
 
 
@@ -21,12 +22,55 @@ def on_files(files: Files, config: Any) -> Files:
     pictures = {"words-4.svg": words(4, 1), "words-3.svg": words(3, 3), "tiles.svg": tiles(), "quality.svg": quality()}
     for name, picture in pictures.items():
         files.append(File.generated(config, name, content=picture))
+    for plot in GPU.glob("*.svg"):
+        files.append(File.generated(config, plot.name, content=plot.read_text()))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill the tables in."""
-    return markdown.replace("<!-- integrations -->", integrations())
+    made = {
+        "integrations": integrations,
+        "speed": lambda: section("speed"),
+        "quality": lambda: section("quality"),
+        "whole models": whole_models,
+    }
+    for name, make in made.items():
+        if (mark := f"<!-- {name} -->") in markdown:
+            markdown = markdown.replace(mark, make())
+    return markdown
+
+
+def section(name: str) -> str:
+    """What `bench/tables.py` wrote into the README."""
+    mark = f"<!-- {name} -->"
+    text = (ROOT / "README.md").read_text()
+    return text[text.index(mark) + len(mark) : text.index(f"<!-- /{name} -->")].replace(f"{GPU.relative_to(ROOT)}/", "")
+
+
+def whole_models() -> str:
+    """``generate`` on one GPU, and two GPUs against one; nothing where it has not been measured."""
+    parts = []
+    if (GPU / "generate.json").exists():
+        found = json.loads((GPU / "generate.json").read_text())
+        parts += ["## generate", f"A Llama-3.1-8B-shaped model on one {found['gpu']} ({found['method']}).", ""]
+        parts += ["| | ms a step | tokens/s | against the loop |", "|---|---|---|---|"]
+        parts += [
+            f"| {row['job']}, {row['kind']}, {row['way']} | {row['ms']:.2f} | {row['tokens_per_s']:.0f} "
+            f"| {row['vs_loop']:.2f} |"
+            for row in found["rows"]
+            if "ms" in row
+        ]
+    if (GPU / "parallel.json").exists():
+        found = json.loads((GPU / "parallel.json").read_text())
+        times = {(row["job"], row["kind"]): row for row in found["rows"]}
+        parts += ["## Two GPUs", f"{found['layers']} layers of Llama-3.1-70B on {found['gpu']} ({found['method']})."]
+        parts += ["", "| | one, ms | two, ms | speed-up |", "|---|---|---|---|"]
+        for job in dict.fromkeys(row["job"] for row in found["rows"]):
+            one, two = times[job, "one"], times[job, "two"]
+            gain = two["tokens_per_s"] / one["tokens_per_s"] if "tokens_per_s" in one else one["ms"] / two["ms"]
+            parts.append(f"| {job} | {one['ms']:.2f} | {two['ms']:.2f} | {gain:.2f} |")
+    return "\n".join(parts)
 
 
 def svg(width: int, height: int, shapes: list[str]) -> str:

@@ -22,6 +22,7 @@ from .config import read_config
 from .files import open_checkpoint
 from .filling import bare_model, fill, places, read_layer, report
 from .findings import Claim, corrected, file_claim
+from .fusing import stored_layers
 from .linear import QuantLinear
 from .packing import zero_offset
 from .parts import PARTS, layer_parts
@@ -61,7 +62,7 @@ def save_quantized(
     fields: Any = getattr(model.config, "quantization_config", None)
     if hasattr(fields, "to_dict"):  # as transformers keeps it
         fields = fields.to_dict()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    layers = stored_layers(model)
     if not isinstance(fields, Mapping) or not layers:
         raise ValueError("model holds no quantized layers; run quantize_model first")
     folder = check_target(folder)

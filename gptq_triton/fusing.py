@@ -72,11 +72,25 @@ class FusedPart(nn.Module):
         linear, part = self._merged.linear, slice(first, first + self.out_features)
         weight, bias = linear.weight_packed, linear.bias
         codes, scales, zeros = _unpacked(weight)
-        g_idx = linear.g_idx if linear.act_order else None
+        g_idx = linear.g_idx.clone() if linear.act_order else None  # of its own, or it could not be saved
         own = pack_weight(
             codes[:, part], scales[:, part], zeros[:, part], g_idx, weight.spec, weight.checkpoint_format
         )  # fmt: skip
         return QuantLinear.from_packed(own, None if bias is None else bias[part].clone())
+
+    def outline(self) -> QuantLinear:
+        """As `unfused`, without storage."""
+        linear = self._merged.linear
+        own = QuantLinear(
+            linear.bits,
+            linear.spec.group_size,
+            self.in_features,
+            self.out_features,
+            device="meta",
+            checkpoint_format=linear.checkpoint_format,
+        )
+        own.act_order = linear.act_order
+        return own
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """That of the layer it stands for, without the merged one."""
@@ -99,6 +113,7 @@ def fuse(model: nn.Module, siblings: Iterable[Sequence[str]] = SIBLINGS) -> nn.M
     """Merge quantized layers that read the same input, in place.
 
     Only layers that agree in everything but their width are merged: bits, groups, order, format, dtypes and device.
+    Layers whose call is more than their product stay as they are: those with hooks, and parts that several ranks share.
 
     Args:
         model: With `QuantLinear` layers.
@@ -111,11 +126,22 @@ def fuse(model: nn.Module, siblings: Iterable[Sequence[str]] = SIBLINGS) -> nn.M
         for names in siblings:
             layers = [parent._modules.get(name) for name in names]
             linears = [layer for layer in layers if isinstance(layer, QuantLinear)]
-            if len(linears) == len(names) and _agree(linears):
+            if len(linears) == len(names) and all(map(_plain, linears)) and _agree(linears):
                 merged = _Merged(_merge(linears), [layer.out_features for layer in linears])
                 for index, name in enumerate(names):
                     setattr(parent, name, FusedPart(merged, index))
     return model
+
+
+def stored_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers that the model's state dict holds, by name; those that are merged as outlines."""
+    parts = {name: module for name, module in model.named_modules() if isinstance(module, FusedPart)}
+    merged = {id(part._merged.linear) for part in parts.values()}
+    return {
+        name: parts[name].outline() if name in parts else module
+        for name, module in model.named_modules()
+        if name in parts or (isinstance(module, QuantLinear) and id(module) not in merged)
+    }  # pyright: ignore[reportReturnType]
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -125,6 +151,12 @@ def unfuse(model: nn.Module) -> nn.Module:
         for name, layer in {name: part.unfused() for name, part in parts.items()}.items():
             setattr(parent, name, layer)
     return model
+
+
+def _plain(layer: QuantLinear) -> bool:
+    """Whether calling the layer is its product and nothing else."""
+    hooked = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or "forward" in vars(layer)
+    return not hooked and layer.outfeatures == layer.out_features
 
 
 def _agree(layers: list[QuantLinear]) -> bool:

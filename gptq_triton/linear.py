@@ -44,7 +44,8 @@ class QuantLinear(nn.Module):
     are adopted.
 
     On the CPU these are the layer's buffers. On a GPU the first three are held as kernel tiles instead (`prepare`), and
-    are None: moving a layer there, packing it or loading it there does so. ``weight_packed`` has them on any device.
+    are empty or None: moving a layer there, packing it or loading it there does so. ``weight_packed`` has them on any
+    device.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -223,11 +224,16 @@ class QuantLinear(nn.Module):
         """
         if self._tiles is None and self.qweight.is_cuda and self.scales.dtype != torch.float64:
             product.reserve(self.qweight.get_device())
-            self._tiles = tile_weight(self.weight_packed)
-            for name in _PACKED:
-                self._buffers[name] = None
-            for name in _TILED:
-                self.register_buffer(name, getattr(self._tiles, name.removeprefix("tile_")), persistent=False)
+            self._tile()
+
+    def _tile(self) -> None:
+        """Hold tiles, on any device."""
+        self._tiles = tile_weight(self.weight_packed)
+        for name in _PACKED:
+            self._buffers[name] = None
+        self.qweight = self.g_idx.new_empty(0)  # PEFT asks where a layer is by it
+        for name in _TILED:
+            self.register_buffer(name, getattr(self._tiles, name.removeprefix("tile_")), persistent=False)
 
     def _tiled_by_buffers(self) -> TiledWeight:
         """The tiled weight with the buffers as they are now."""

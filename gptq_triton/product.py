@@ -6,6 +6,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -415,13 +416,25 @@ class _Scratch:
             return memory, self.captured[self.used - counters : self.used]
         memory = self.words.get(stream)
         if memory is None or len(memory) < words:
-            memory = self.words[stream] = torch.empty(words, dtype=torch.int32, device=self.device)
+            memory = self.words[stream] = self._lasting(torch.empty, words)
         zeros = self.zeros.get(stream)
         if zeros is None or len(zeros) < counters:
-            zeros = self.zeros[stream] = torch.zeros(
-                max(counters, self.COUNTERS), dtype=torch.int32, device=self.device
-            )
+            zeros = self.zeros[stream] = self._lasting(torch.zeros, max(counters, self.COUNTERS))
         return memory, zeros
+
+    def _lasting(self, make: Callable[..., Tensor], length: int) -> Tensor:
+        """Memory from the common pool, whichever pool this thread is told to take from.
+
+        torch.compile's CUDA graphs run a model once inside their pool, where what outlives the run is an error.
+        """
+        stream = torch.cuda.current_stream(self.device)
+
+        def allocate() -> Tensor:
+            with torch.cuda.stream(stream):
+                return make(length, dtype=torch.int32, device=self.device)
+
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(allocate).result()
 
 
 def reserve(device: int) -> None:

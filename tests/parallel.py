@@ -16,6 +16,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import gptq_triton.integrations.transformers  # noqa: F401
 from gptq_triton import QuantLinear
+from gptq_triton.integrations.generation import GraphedDecoding
 from gptq_triton.integrations.peft import register
 from gptq_triton.integrations.tensor_parallel import ColwiseQuantLinear, RowwiseQuantLinear
 from tests.strategies import random_weight
@@ -135,6 +136,8 @@ def from_pretrained(folder):
     with torch.no_grad():
         found["logits"] = local(model(prompt(model)).logits)
         found["tokens"] = model.generate(prompt(model), **GREEDY).cpu()
+        if type(model).__name__ == "LlamaForCausalLM":  # others' windows slide
+            found["graphed"] = model.generate(prompt(model), **GREEDY, custom_generate=GraphedDecoding()).cpu()
     for name, refused in {"save": lambda: model.save_pretrained(folder / "no"), "floats": model.dequantize}.items():
         try:
             refused()

@@ -262,6 +262,16 @@ def results(tmp_path, monkeypatch):
         for kind, fast, size in (("fp16", 1.0, 16.0), ("4-bit", 2.5, 5.0))
     ]
     (tmp_path / "e2e.json").write_text(json.dumps(machine | {"rows": models}))
+    ways = [
+        {"job": "generate-1", "kind": "4-bit", "way": way, "vs_loop": fast}
+        for way, fast in (("graphed", 1.1), ("static", 0.5))
+    ]
+    (tmp_path / "generate.json").write_text(json.dumps(machine | {"rows": ways}))
+    shares = [
+        {"job": "decode-1", "kind": "one", "ms": 2.0},
+        {"job": "decode-1", "kind": "two", "ms": 1.5, "share": 0.6},
+    ]
+    (tmp_path / "parallel.json").write_text(json.dumps(machine | {"rows": shares}))
     monkeypatch.setattr(tables, "GPU", tmp_path)
     return tmp_path
 
@@ -310,6 +320,8 @@ def test_targets_are_judged(results):
         "8192x28672",
         "5120x25600",
     }
+    assert "met       1.100 >= 1  generate with GraphedDecoding" in report
+    assert "MISSED    0.600 <= 0.55  two GPUs" in report
     assert found["M <= 64: times humming's speed, mean"].met(targets.Results(results))
     assert not found["prefill M = 64, 4-bit layers of 64 MB and more: times the speed of cuBLAS"].bound > 2
     assert found["model, batch 1: times the tokens/s of fp16"].values(targets.Results(results)) == {
@@ -366,3 +378,22 @@ def test_every_kernel_of_every_case_is_compiled_ahead_once():
     for problem, plan in found:
         assert plan in set(dispatch.candidates(problem))
     assert {problem.bits for problem, _ in found} == {4, 8}
+
+
+def test_a_model_is_split_for_two_gpus():
+    pytest.importorskip("transformers")
+    import parallel
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = e2e.quantized(e2e.llama(1, "cpu", vocab_size=100, **sizes), 4)
+    whole = parallel.held(model.model.layers)
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        parallel.split(model, distributed.init_device_mesh("cpu", (2,)))
+    finally:
+        distributed.destroy_process_group()
+    layers = e2e.decoder_layers(model)
+    assert all(layer.infeatures * layer.outfeatures * 2 == layer.in_features * layer.out_features for layer in layers)
+    assert 0.5 < parallel.held(model.model.layers) / whole <= 0.55

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from gptq_triton import QuantizeConfig, QuantLinear, fuse, quantize_model, unfuse
 from gptq_triton.fusing import FusedPart
+from gptq_triton.integrations.tensor_parallel import shard
 from tests.strategies import random_rows, random_weight
 from tests.tiny import batches, tiny
 
@@ -47,6 +48,27 @@ def test_merged_layers_give_the_same(act_order, bias):
     assert all(torch.equal(found[name], state[name]) for name in state)
     unfuse(block)
     assert torch.equal(block(x), expected)
+
+
+def test_layers_that_do_more_than_their_product_stay():
+    def hook(layer):
+        layer.register_forward_hook(lambda module, args, y: y + 1)
+
+    def wrap(layer):  # as transformers' tensor parallelism and accelerate do
+        forward = layer.forward
+        layer.forward = lambda x: forward(x) + 1
+
+    def split(layer):
+        shard(layer, "colwise", 0, 2)
+
+    for change in (hook, wrap, split):
+        block = Block()
+        for layer in block.children():
+            change(layer)
+        x = random_rows(6, 64, torch.float32)
+        expected = block(x)
+        assert torch.equal(fuse(block)(x), expected)
+        assert all(isinstance(layer, QuantLinear) for layer in block.children())
 
 
 def test_one_product_for_all_and_nothing_kept(monkeypatch):

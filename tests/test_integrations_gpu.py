@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import gptq_triton.integrations.transformers  # noqa: F401
 from gptq_triton import QuantizeConfig, load_quantized, quantize_model, save_quantized
+from gptq_triton.integrations.generation import GraphedDecoding
 from gptq_triton.integrations.peft import register
 from tests import parallel
 from tests.tiny import VOCABULARY, batches, tiny
@@ -18,7 +19,7 @@ from tests.tiny import VOCABULARY, batches, tiny
 pytestmark = pytest.mark.gpu
 
 # large enough for half-precision tensor cores, small enough for seconds
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+WIDE = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64}
 FORMS = {
     "sym": QuantizeConfig(4, 128),
     "asym": QuantizeConfig(3, 64, sym=False),
@@ -27,14 +28,25 @@ FORMS = {
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    parent = tmp_path_factory.mktemp("gpu")
-    for name, config in FORMS.items():
+MORE = {
+    "eight_bits": QuantizeConfig(8, -1, sym=False, checkpoint_format="gptq"),
+    "two_bits": QuantizeConfig(2, 32, sym=False, lm_head=True),
+}
+
+
+def saved(parent, forms):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA or ROCm device")
+    for name, config in forms.items():
         model = tiny("llama", **WIDE)
         quantize_model(model, batches(2), config, device="cuda", progress=False)
         save_quantized(model, parent / name)
     return parent
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("gpu"), FORMS)
 
 
 def load(folder, **options):
@@ -66,6 +78,19 @@ def test_load_generate_save(name, folders, tmp_path):
             assert torch.equal(again[key], tensor), key
     floats = load(folders / name, dtype=torch.float32).dequantize()
     assert (logits(floats) - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_generation_in_graphs(name, folders):
+    model, graphed = load(folders / name, dtype=torch.float32), GraphedDecoding()
+    for length, new in ((8, 16), (30, 40), (8, 1), (90, 300)):  # the last needs a longer cache
+        greedy, prompt = GREEDY | {"max_new_tokens": new}, tokens(length)
+        expected = model.generate(prompt, **greedy)
+        assert torch.equal(model.generate(prompt, **greedy, custom_generate=graphed), expected)
+    rows = torch.cat([tokens(8), tokens(8) + 1])
+    end = model.generate(rows, **GREEDY)[0, 12].item()
+    greedy = GREEDY | {"eos_token_id": end, "pad_token_id": 0}
+    assert torch.equal(model.generate(rows, **greedy, custom_generate=graphed), model.generate(rows, **greedy))
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -116,16 +141,22 @@ def test_a_model_over_two_gpus(folders):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensor_parallel_with_nccl(folders, tmp_path):
+def test_tensor_parallel_with_nccl(tmp_path):
+    folders, out = saved(tmp_path / "models", FORMS | MORE), tmp_path / "out"
+    out.mkdir()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes.start_processes(parallel.run_on_gpus, (folders, tmp_path, port), nprocs=2, start_method="spawn")
+    processes.start_processes(parallel.run_on_gpus, (folders, out, port), nprocs=2, start_method="spawn")
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        for name in FORMS:
+        found = torch.load(out / f"{rank}.pt", weights_only=False)
+        for name in FORMS | MORE:
             whole = load(folders / name)
+            prompt = parallel.prompt(whole).cuda()
             with torch.no_grad():
-                expected = whole(parallel.prompt(whole).cuda()).logits.float().cpu()
+                expected = whole(prompt).logits.float().cpu()
             assert (found[name]["logits"].float().cpu() - expected).norm() <= 0.01 * expected.norm()
+            made = whole.generate(prompt, **parallel.GREEDY).cpu()
+            assert torch.equal(found[name]["tokens"], made)
+            assert torch.equal(found[name]["graphed"], made)
             assert found[name]["held"] <= 0.55 * parallel.held(whole)

@@ -70,6 +70,11 @@ def same_model(got, world):
     assert torch.equal(logits(got), logits(world["quantized"]))
 
 
+def fused_model(got, world):
+    close(logits(got), world)
+    assert sum(isinstance(layer, QuantLinear) for layer in got.modules()) == 8  # of 14
+
+
 def solved(got, world):
     assert {report.bits for report in got} == {4}
     assert sum(isinstance(layer, QuantLinear) for layer in world["model"].modules()) == 14
@@ -88,7 +93,8 @@ def packed(got, world):
 
 # what must hold after a row, by what its left side begins with; `got` is the value of the last expression
 CHECKS = {
-    "AutoGPTQForCausalLM.from_quantized(": same_model,
+    "AutoGPTQForCausalLM.from_quantized(folder, device": same_model,
+    "AutoGPTQForCausalLM.from_quantized(folder, inject": fused_model,
     "AutoGPTQForCausalLM.from_pretrained(": lambda got, w: exact(logits(got).equal(logits(tiny("llama"))), True),
     "BaseQuantizeConfig(": lambda got, w: exact(got, QuantizeConfig(4, 32, desc_act=True)),
     "model.quantize(examples)": solved,
@@ -101,7 +107,8 @@ CHECKS = {
     "model.generate(": lambda got, w: exact(len(w["tokenizer"].decode(got).split()), 6),
     "dequantize_model(": lambda got, w: close(logits(AutoModelForCausalLM.from_pretrained(w["out"])), w),
     "GPTQConfig(": lambda got, w: exact((got.bits, got.group_size, got.dataset), (4, 32, w["texts"])),
-    "AutoModelForCausalLM.from_pretrained(": lambda got, w: exact(got.config.quantization_config.bits, 4),
+    "AutoModelForCausalLM.from_pretrained(name": lambda got, w: exact(got.config.quantization_config.bits, 4),
+    "AutoModelForCausalLM.from_pretrained(folder": same_model,
     "layers = find_layers(": lambda got, w: exact(len(w["layers"]), 14),
     "quantizer = Quantizer(": lambda got, w: exact(int(w["quantizer"].maxq), 15),
     "quantizer.find_params(": lambda got, w: exact(tuple(w["quantizer"].scale.shape), (32, 1)),

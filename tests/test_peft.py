@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
-from gptq_triton import QuantizeConfig, QuantLinear, merge_lora, quantize_model, save_quantized
+from gptq_triton import QuantizeConfig, QuantLinear, fuse, merge_lora, quantize_model, save_quantized, unfuse
 from gptq_triton.integrations.peft import LoraQuantLinear, register
 from gptq_triton.integrations.transformers import GptqTritonConfig
 from tests.tiny import batches, tiny
@@ -120,6 +120,22 @@ def test_dora_with_dropout_and_bfloat16(folders):
     assert error(gradients(half), {n: g.double() for n, g in gradients(model.eval()).items()}) < 0.1
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_layers_that_hold_tiles(name, dora, folders, tmp_path):
+    """As they do on a GPU."""
+    model, tiled = load(folders, name), load(folders, name)
+    for layer in tiled.modules():
+        if isinstance(layer, QuantLinear):
+            layer._tile()
+    model, tiled = (adapted(each, register(lora(name, use_dora=dora))) for each in (model, tiled))
+    assert error(gradients(tiled), {n: g.double() for n, g in gradients(model).items()}) <= 1e-5
+    tiled.save_pretrained(tmp_path)
+    config = register(PeftConfig.from_pretrained(tmp_path))
+    again = PeftModel.from_pretrained(load(folders, name), tmp_path, config=config)
+    assert (logits(again) - logits(tiled)).norm() <= 1e-5 * logits(tiled).norm()
+
+
 def test_kbit_training_and_gradient_checkpointing(folders):
     model = load(folders)
     assert all(p.requires_grad for p in model.parameters())
@@ -210,6 +226,15 @@ def test_all_linear(folders):
     found = get_peft_model(model, register(config, model))
     layers = [name for name, m in load(folders).named_modules() if isinstance(m, QuantLinear)]
     assert sorted(found.targeted_module_names) == sorted(layers)
+
+
+def test_merged_layers_take_no_adapters(folders):
+    model = fuse(load(folders))
+    with pytest.raises(ValueError, match=r"unfuse\(model\) first"):
+        register(LoraConfig(target_modules="all-linear"), model)
+    with pytest.raises(ValueError, match=r"unfuse\(model\) first"):
+        get_peft_model(model, register(lora()))
+    assert logits(get_peft_model(unfuse(model), register(lora()))).shape == logits(load(folders)).shape
 
 
 def test_transformers_own_adapters(folders):

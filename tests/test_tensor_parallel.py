@@ -24,7 +24,7 @@ FORMS = {
     "gemma3": QuantizeConfig(2, 16, sym=False, desc_act=True),
     "mistral": QuantizeConfig(4, 48, sym=False),
 }
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+WIDE = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,7 @@ def test_transformers(name, found, alone):
         own = rank["models"][name]
         assert (own["logits"] - expected).norm() <= 1e-5 * expected.norm()
         assert torch.equal(own["tokens"], tokens)
+        assert torch.equal(own.get("graphed", tokens), tokens)
         assert own["format"] == model.config.quantization_config.checkpoint_format
         assert "one rank's part of a layer" in own["save"]
         assert "one rank's part of a layer" in own["floats"]
@@ -142,4 +143,4 @@ def test_a_style_that_cannot_be_cut_is_refused(folders):
     model.tp_plan["model.layers.*.mlp.up_proj"] = "packed_rowwise"
     name = "model.layers.1.mlp.up_proj"
     with pytest.raises(ValueError, match=rf"{name}: parallel style 'packed_rowwise' is not for quantized layers"):
-        read_shard(model, name, model.get_submodule(name), None, None)
+        read_shard(model, None, name, model.get_submodule(name), None, None)

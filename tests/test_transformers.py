@@ -4,9 +4,11 @@ import copy
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTQConfig
@@ -14,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 import gptq_triton.integrations.transformers as integration
-from gptq_triton import QuantizeConfig, QuantLinear, load_quantized, quantize_model, save_quantized
+from gptq_triton import QuantizeConfig, QuantLinear, fuse, load_quantized, quantize_model, save_quantized
+from gptq_triton.fusing import FusedPart
 from gptq_triton.integrations.transformers import GptqTritonConfig, autogptq_config
 from gptq_triton.packing import pack_zeros, unpack_zeros
 from tests import test_experts as moe
@@ -453,6 +456,49 @@ def test_quantize_on_load_refuses(floating):
     config = GptqTritonConfig(dataset=batches(2))
     with pytest.raises(ValueError, match="device_map must name one device"):
         load(floating, quantization_config=config, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_push_to_hub(folders, tmp_path, monkeypatch):
+    """What would be sent is a folder that loads."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+
+    class Api:
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, repo_id, operations, **_):
+            assert repo_id == "me/model"
+            for operation in operations:
+                shutil.copy(operation.path_or_fileobj, hub / operation.path_in_repo)
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Api)
+    card = ModelCard("a model")  # the hub would be asked for one
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    model = load(folders / "llama")
+    model.push_to_hub("me/model")
+    assert {"config.json", "model.safetensors"} <= {file.name for file in hub.iterdir()}
+    for again in (load(hub), load_quantized(hub)):
+        assert torch.equal(logits(again), logits(model))
+
+
+# merged siblings
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_fused_model_is_saved_and_dequantized_as_any(name, folders, tmp_path):
+    model, expected = load(folders / name), load(folders / name)
+    assert any(isinstance(module, FusedPart) for module in fuse(model).modules())
+    assert (logits(model) - logits(expected)).norm() <= 1e-6 * logits(expected).norm()
+    model.save_pretrained(tmp_path / "transformers")
+    save_quantized(model, tmp_path / "ours")
+    for again in (load(tmp_path / "transformers"), load_quantized(tmp_path / "ours")):
+        assert again.state_dict().keys() == expected.state_dict().keys()
+        assert torch.equal(logits(again), logits(expected))
+    assert written(tmp_path / "transformers") == written(folders / name)
+    floats = model.dequantize()
+    assert not any(isinstance(module, (QuantLinear, FusedPart)) for module in floats.modules())
+    assert (logits(floats) - logits(expected)).norm() <= 1e-6 * logits(expected).norm()
 
 
 # back to floats

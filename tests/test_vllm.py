@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as processes
 
-from gptq_triton import QuantizeConfig, reference
+from gptq_triton import QuantizeConfig, QuantLinear, load_quantized, quantize_model, reference, save_quantized
 from gptq_triton.integrations.pieces import Piece, is_orphan, side_by_side
+from tests import vllm_ranks
 from tests.strategies import random_weight
 from tests.test_sharding import parts_of
+from tests.tiny import batches, tiny, tokenizer
 
 FIELDS = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 ORPHANS = [
@@ -21,6 +24,12 @@ ORPHANS = [
     {"checkpoint_format": "gptq_v2"},
     {"dynamic": {".*mlp": {"sym": False}}},
 ]
+MODELS = {
+    "asym": QuantizeConfig(3, 32, sym=False),
+    "act_order": QuantizeConfig(4, 32, desc_act=True),
+    "two_bits": QuantizeConfig(2, 16, sym=False, checkpoint_format="gptq_v2"),
+    "sym": QuantizeConfig(8, 64),
+}
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM pins another torch; it is tested where it is installed"
 )
@@ -222,6 +231,43 @@ def test_layers_of_vllm(plugin):
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of Llamas in forms that vLLM does not read, and one that it does."""
+    parent = tmp_path_factory.mktemp("vllm") / "models"
+    for name, config in MODELS.items():
+        model = tiny("llama", hidden_size=128, intermediate_size=256, head_dim=32)
+        quantize_model(model, batches(2), config, method="gptq" if config.desc_act else "rtn", progress=False)
+        save_quantized(model, parent / name, tokenizer())
+    return parent
+
+
+@needs_vllm
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_of_vllm(ranks, models, tmp_path):
+    """Its loader, its Llama, its tensor parallelism and torch.compile; logits are those of the checkpoint."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes.start_processes(
+        vllm_ranks.run, (ranks, models, tmp_path, port), nprocs=ranks, start_method="spawn"
+    )  # fmt: skip
+    every = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for name in MODELS:
+        whole = load_quantized(models / name, "cpu")
+        with torch.no_grad():
+            expected = whole(batches(1)[0]).logits[0]
+        buffers = [
+            b for m in whole.modules() if isinstance(m, QuantLinear) for n, b in m.named_buffers() if n != "g_idx"
+        ]
+        for found in (rank[name] for rank in every):
+            assert found["layers"] == 2 * 4  # q, k and v are one, gate and up too
+            assert (found["logits"] - expected).norm() <= 1e-5 * expected.norm()
+            assert found["compiled_off"] <= 1e-5
+            assert found["compilations"] <= 2
+            assert found["held"] <= 0.55 * 2 / ranks * sum(b.nbytes for b in buffers)
 
 
 @needs_vllm

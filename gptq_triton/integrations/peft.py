@@ -14,9 +14,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gptq_triton.embedding import QuantEmbedding
+from gptq_triton.fusing import FusedPart
 from gptq_triton.linear import QuantLinear
 
 __all__ = ["LoraQuantLinear", "register"]
+
+_FUSED = "fuse() has merged layers of the model, which take no adapters; unfuse(model) first"
 
 
 def register(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
@@ -32,8 +35,10 @@ def register(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
         The same configuration.
 
     Raises:
-        ValueError: ``target_modules`` is "all-linear" and there is no model.
+        ValueError: ``target_modules`` is "all-linear" and there is no model, or layers of the model are merged.
     """
+    if model is not None and any(isinstance(module, FusedPart) for module in model.modules()):
+        raise ValueError(_FUSED)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         if model is None:
             raise ValueError("target_modules is 'all-linear': register(config, model) needs the model to find them")
@@ -41,8 +46,13 @@ def register(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
         layers = (QuantLinear, nn.Linear, Conv1D)
         found = {n: m for n, m in model.named_modules() if isinstance(m, layers) and m is not head}
         config.target_modules = [name for name, layer in found.items() if not isinstance(layer, QuantEmbedding)]
-    config._register_custom_module({QuantLinear: LoraQuantLinear})
+    config._register_custom_module({QuantLinear: LoraQuantLinear, FusedPart: _refuse})  # pyright: ignore[reportArgumentType]
     return config
+
+
+def _refuse(*args: Any, **kwargs: Any) -> nn.Module:
+    """In place of an adapter for a part of a merged layer."""
+    raise ValueError(_FUSED)
 
 
 class LoraQuantLinear(LoraLinear):

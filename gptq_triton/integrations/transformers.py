@@ -35,6 +35,7 @@ from gptq_triton.experts import match_checkpoint
 from gptq_triton.files import Files
 from gptq_triton.filling import matrix_shape, read_layer, report
 from gptq_triton.findings import Claim, Layout, corrected
+from gptq_triton.fusing import stored_layers, unfuse
 from gptq_triton.linear import QuantLinear
 from gptq_triton.model import quantize_model
 from gptq_triton.parts import PARTS, LayerParts, layer_parts
@@ -42,7 +43,7 @@ from gptq_triton.tensorfile import open_tensors
 
 from .tensor_parallel import is_shard, take_over
 from .transformers_config import GptqTritonConfig
-from .transformers_parallel import adapt_plan, read_shard
+from .transformers_parallel import adapt_plan, read_shard, tp_mesh
 
 __all__ = ["GptqTritonConfig", "GptqTritonQuantizer", "autogptq_config", "claim_gptq", "release_gptq"]
 
@@ -104,6 +105,8 @@ class GptqTritonQuantizer(HfQuantizer):
             if self.pre_quantized:
                 self._replace_layers(model, files)
         if self.pre_quantized:
+            if not hasattr(HfQuantizer, "update_parallel_plan"):  # before transformers 5.23
+                adapt_plan(model, model.tp_plan)
             return
         if quantized:
             raise ValueError(
@@ -119,7 +122,7 @@ class GptqTritonQuantizer(HfQuantizer):
         found = layer_parts(files)
         place = match_checkpoint(model, files)
         modules = {name for name, _ in model.named_modules()}
-        tensor_parallel = getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1
+        split = getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1  # known from 5.23 on
         for name in found:
             own_name = _in_model(place[f"{name}.qweight"].removesuffix(".qweight"), model, modules)
             if own_name not in modules:
@@ -130,7 +133,7 @@ class GptqTritonQuantizer(HfQuantizer):
             # of use for a device map only, and held whole by no rank
             layer._non_persistent_buffers_set.update(PARTS)
             layer._hf_quantized_needs_local_tp = True  # transformers' parallel styles then use plain tensors
-            if tensor_parallel:
+            if split:
                 layer._buffers.update(dict.fromkeys(set(PARTS) - {"bias"}))
             self._layers[own_name] = name
         for module in model.modules():  # some architectures would initialize `weight` of layers that have none now
@@ -162,9 +165,10 @@ class GptqTritonQuantizer(HfQuantizer):
         return model
 
     def _read(self, model: Any, name: str, layer: QuantLinear, part: LayerParts, claim: Claim) -> Layout:
-        if layer._buffers["qweight"] is None:  # under tensor parallelism
+        mesh = tp_mesh(model)
+        if mesh is not None:
             layout = detect(part, claim, shape=matrix_shape(layer))
-            take_over(layer, read_shard(model, name, layer, layout, part))
+            take_over(layer, read_shard(model, mesh, name, layer, layout, part))
             return layout
         device = layer.g_idx.device
         if device.type == "meta":
@@ -182,7 +186,7 @@ class GptqTritonQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Called before a model is saved: its config must say what the layers are."""
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        layers = stored_layers(model)
         _check_whole(layers)
         state, label = storable_state(model, layers)
         self.quantization_config.desc_act = any(layer.act_order for layer in layers.values())
@@ -193,6 +197,7 @@ class GptqTritonQuantizer(HfQuantizer):
         """Put a floating layer, of the kind the architecture has there, in place of every quantized one."""
         if isinstance(dtype, str):  # as a config that was saved has it
             dtype = cast("torch.dtype", getattr(torch, dtype))
+        unfuse(model)
         _check_whole({name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)})
         with torch.device("meta"):
             plain = dict(type(model)(model.config).named_modules())

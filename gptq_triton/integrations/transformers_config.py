@@ -55,9 +55,11 @@ class GptqTritonConfig(GPTQConfig):
         tokenizer: Any = None,
         dataset: Sequence[Any] | None = None,
         *,
+        model_seqlen: int | None = None,
         quant_method: str = "gptq",
         **fields: Any,
     ):
+        fields |= {} if model_seqlen is None else {"model_seqlen": model_seqlen}
         method = str(getattr(quant_method, "value", quant_method))
         # "": by the symmetry of the weights, as in QuantizeConfig
         label = {} if _LABELS & set(fields) else {"checkpoint_format": ""}

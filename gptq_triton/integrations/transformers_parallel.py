@@ -6,10 +6,12 @@ codes and groups several rows, which no slicing of tensors respects.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from gptq_triton.embedding import QuantEmbedding
 from gptq_triton.experts import Experts
@@ -35,11 +37,24 @@ _KINDS = {
 }
 
 
-def read_shard(model: Any, name: str, layer: QuantLinear, layout: Layout, part: LayerParts) -> QuantLinear:
+def tp_mesh(model: Any) -> DeviceMesh | None:
+    """The ranks over which transformers has split a model's layers, if it has."""
+    if getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) < 2:
+        return None
+    if hasattr(model, "_mesh_manager"):
+        return model._mesh_manager.get_mesh("tp")
+    mesh = model._device_mesh  # before transformers 5.23
+    return mesh["tp"] if mesh.ndim > 1 else mesh
+
+
+def read_shard(
+    model: Any, mesh: DeviceMesh, name: str, layer: QuantLinear, layout: Layout, part: LayerParts
+) -> QuantLinear:
     """This rank's part of one layer; of its codes, no more rows are read than it has.
 
     Args:
         model: Distributed by transformers.
+        mesh: The ranks that share the layer.
         name: Of the module.
         layer: What stands there.
         layout: How the checkpoint holds the layer.
@@ -48,9 +63,7 @@ def read_shard(model: Any, name: str, layer: QuantLinear, layout: Layout, part: 
     Raises:
         ValueError: The layer cannot be cut as the plan wants it.
     """
-    from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
-
-    style = model.tp_plan.get(replace_layer_number_by_wildcard(name), "replicate")
+    style = model.tp_plan.get(_wildcard(name), "replicate")
     if style not in _KINDS:
         raise ValueError(f"{name}: parallel style {style!r} is not for quantized layers")
     form = layout.zeros if layout.zeros in LABEL_OF_FORM else V2
@@ -64,7 +77,6 @@ def read_shard(model: Any, name: str, layer: QuantLinear, layout: Layout, part: 
     whole = QuantLinear(
         layout.bits, layout.group_size, layout.K, layout.N, device="meta", checkpoint_format=LABEL_OF_FORM[form]
     )
-    mesh = model._mesh_manager.get_mesh("tp")
     try:
         shard(whole, _KINDS[style], mesh.get_local_rank(), mesh.size(), tensors, next(model.parameters()).device)
     except ValueError as error:
@@ -78,10 +90,8 @@ def adapt_plan(model: Any, plan: dict[str, str]) -> None:
     Experts that were taken apart are each cut as an MLP is, or none in an expert-parallel plan; a quantized
     embedding stays whole.
     """
-    from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
-
     for name, module in model.named_modules():
-        path = replace_layer_number_by_wildcard(name)
+        path = _wildcard(name)
         if isinstance(module, QuantEmbedding):
             plan.pop(path, None)
         elif isinstance(module, Experts):
@@ -91,6 +101,11 @@ def adapt_plan(model: Any, plan: dict[str, str]) -> None:
             if ruled and plan is model.tp_plan:
                 plan.update({f"{path}.*.{inner}": "colwise" for inner in module.inner})
                 plan[f"{path}.*.{module.outer}"] = "rowwise"
+
+
+def _wildcard(name: str) -> str:
+    """The name that a plan has for a module."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 class _Rows:

@@ -52,7 +52,7 @@ class GptqTritonVllmConfig(QuantizationConfig):
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """What the kernels take."""
-        return [torch.half, torch.bfloat16]
+        return [torch.half, torch.bfloat16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -177,7 +177,8 @@ class GptqTritonLinearMethod(LinearMethodBase):
             def load(_: Any, loaded: Tensor, shard: Any = None, part: str = part) -> None:
                 piece(shard).take(part, loaded, device)
 
-            parameter: Any = nn.Parameter(torch.empty(0), requires_grad=False)
+            dtype = params_dtype if part == "scales" else torch.int32
+            parameter: Any = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = load
             layer.register_parameter(part, parameter)
 

@@ -325,15 +325,15 @@ def prepare_transposed(
         block_m: Rows of a tile of dx: 64, 128 or 256.
         stages: Of four strips, in shared memory.
         group_m: Blocks of rows that go through the weight together.
-        unit: Stages of a unit: programs that share a tile cut it between units.
-        shift: Stages by which one multiplying group runs behind the other.
+        unit: Stages between two waits of a warpgroup for its products; programs that share a tile cut it there.
+        shift: Stages by which the waits of the two warpgroups lie apart.
 
     Returns:
         ``multiply(programs, streamed, stream, dy, words, meta, dx, workspace, counters)``: tensors dy (M, N), words
         (strips, steps, 64 * bits), meta (groups, 16 * strips) and dx (M, columns of the tiles that are wanted), rows of
         each at multiples of 16 bytes; addresses of the workspace, 128 * block_m float32 a program, and of two zeroed
         int32 counters a streamed tile, which are left zeroed. Unless no tile is streamed, the streamed ones have at
-        least as many units of 256 rows of W as there are programs.
+        least as many units of 64 * unit rows of W as there are programs.
     """
     names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, group_m, unit, shift)
     boxes = descriptors(names["F"], dtype, block_m)

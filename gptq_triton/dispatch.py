@@ -304,8 +304,8 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
 
 
 STRIPS_OF_UNITS = 32  # of W: programs that share a tile of dx cut it between units
-# cycles for a unit and a step, by rows of a tile: of tensor cores 32 a row, and what they wait
-ROWS_OF_TILES = {64: 3600, 128: 5000, 256: 9000}
+# cycles for a unit and a step, by rows of a tile, from an H200
+ROWS_OF_TILES = {64: 5400, 128: 6300, 256: 9000}
 
 
 def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
@@ -333,7 +333,7 @@ def _cycles(problem: Problem, plan: TransposedPlan) -> float:
     tiles, units = -(-problem.M // plan.block_m) * problem.steps, -(-problem.strips // STRIPS_OF_UNITS)
     whole = -(-(tiles - plan.streamed) // plan.programs)
     shared = plan.streamed / plan.programs
-    meeting = 40 * plan.block_m * -(-plan.programs // plan.streamed) if plan.streamed else 0
+    meeting = 25 * plan.block_m * -(-plan.programs // plan.streamed) if plan.streamed else 0
     return (whole + shared) * (units * ROWS_OF_TILES[plan.block_m] + 10 * plan.block_m) + meeting
 
 

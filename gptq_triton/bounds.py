@@ -65,7 +65,8 @@ def error_bound(
     sum over k of n terms, d = code - zero (exact), w = scale * d:
 
     1. ``fl32(scale * d)`` is exact if the digits of scale and the bits of d fit float32's 24, else
-       off by u32 |w|. Rounding it to the dtype of x adds u |w| + t (nothing for float32). In all
+       off by u32 |w|. Rounding it to the dtype of x adds u |w| + t (nothing for float32), and
+       u^2 |w| more where a float16 scale is the sum of two bfloat16. In all
        ``|w' - w| <= e |w| + t``.
     2. Products x w' are exact in a tensor core and fused in an FMA. float32 rounds each of the n
        additions by u32 of at most S = sum |x| |w'|. Tensor cores add blocks of 8 or 16 terms to the

@@ -79,6 +79,7 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         true_sequential=options.true_sequential,
         mse=options.mse,
         clip=options.clip,
+        feedback=options.feedback,
         refine=options.refine,
         dynamic={f"-:{pattern}": {} for pattern in options.exclude} | (options.dynamic or {}),
     )
@@ -213,6 +214,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--true-sequential", action="store_true", help="layers of a block one after the other")
     sub.add_argument("--mse", action="store_true", help="clip ranges where that lowers the error")
     sub.add_argument("--clip", action="store_true", help="the same, errors weighed by what they cost the output")
+    sub.add_argument(
+        "--feedback", type=float, default=0.0, metavar="SHARE",
+        help="make up for that share, 0 to 1, of the error of the layers before (default 0)",
+    )  # fmt: skip
     sub.add_argument(
         "--refine", type=int, default=0, metavar="ROUNDS", help="choose scales and codes again, so often (default 0)"
     )

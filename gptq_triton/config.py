@@ -60,6 +60,8 @@ class QuantizeConfig:
             one more forward pass per stage.
         mse: Clip each group's range where that lowers the rounding error.
         clip: The same, with errors weighed by what they cost the layer's output; excludes ``mse``.
+        feedback: How much of the error of the layers before a layer makes up for, from 0 to 1: it is fitted to
+            what the full-precision model computes from its own inputs. Costs a second stream of hidden states.
         refine: Rounds that choose scales, zero points and codes again under the Hessian; each costs
             about three times the solving. ``bench/results/cpu/refinement.json`` has what both are worth.
         lm_head: Quantize the output head too.
@@ -87,6 +89,7 @@ class QuantizeConfig:
     true_sequential: bool = False
     mse: bool = False
     clip: bool = False
+    feedback: float = 0.0
     refine: int = 0
     lm_head: bool = False
     embeddings: bool = False
@@ -113,7 +116,7 @@ class QuantizeConfig:
             raise TypeError(f"damp_percent must be a number, got {self.damp_percent!r}")
         if not 0 < self.damp_percent <= 1:
             raise ValueError(f"damp_percent must lie in (0, 1], got {self.damp_percent}")
-        check_refinement(self.mse, self.clip, self.refine)
+        check_refinement(self.mse, self.clip, self.refine, self.feedback)
         self._check_dynamic()
         if not self.checkpoint_format:
             rules_sym = all(rule.get("sym", True) for rule in self.dynamic.values() if rule)
@@ -137,6 +140,7 @@ class QuantizeConfig:
             group_aware=self.group_aware,
             mse=self.mse,
             clip=self.clip,
+            feedback=self.feedback,
             refine=self.refine,
             scale_dtype=scale_dtype,
             checkpoint_format=self.checkpoint_format,
@@ -172,7 +176,7 @@ class QuantizeConfig:
             out["format"] = self.checkpoint_format
         meta = dict(out.get("meta") or {})
         mse = meta["mse"] if "mse" in meta and bool(meta["mse"]) == self.mse else self.mse  # GPTQModel: the norm
-        for name in ("clip", "refine"):  # words of this package's own
+        for name in ("clip", "feedback", "refine"):  # words of this package's own
             meta.pop(name, None)
             if value := getattr(self, name):
                 meta[name] = value
@@ -199,7 +203,8 @@ class QuantizeConfig:
         if not isinstance(meta, Mapping):
             raise TypeError(f"meta must be a JSON object, got {meta!r}")
         meta = _canonical(meta)
-        for name in ("static_groups", "group_aware", "mse", "clip", "refine", "true_sequential", "damp_percent"):
+        own_words = ("clip", "feedback", "refine")
+        for name in ("static_groups", "group_aware", "mse", *own_words, "true_sequential", "damp_percent"):
             if name not in found and meta.get(name) is not None:
                 found[name] = meta[name]
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}

@@ -20,6 +20,7 @@ from .layers import find_layers, weight_of
 from .linear import QuantLinear
 from .solver import Hessian, Solution, solve
 from .streaming import (
+    FullPrecision,
     Observer,
     as_batches,
     capture,
@@ -150,23 +151,30 @@ def quantize_model(
         if config.embeddings:
             reports += _quantize_embedding(model, config, device)
         hidden, calls = capture(model, list(blocks.values()), batches, device)
+        feedback = method == "gptq" and any(target.config.feedback for target in plan.values())
+        ideal = hidden if feedback else []  # hidden states of the full-precision model
         masks = [batch["attention_mask"].bool().to(device) if "attention_mask" in batch else None for batch in batches]
         with tqdm(total=len(plan), desc="quantizing", unit="layer", disable=not progress) as bar:
             for index, (block_name, block) in enumerate(parts.items()):
                 home = next(block.parameters()).device
+                calls_here = calls[index] if block_name in blocks else [((), {})] * len(batches)
                 targets = {n: item for n, item in plan.items() if f"{n}.".startswith(block_name + ".")}
                 if block_name in blocks:
                     block.to(device)
-                    run = runner(block, hidden, calls[index], device)
                 elif targets:
-                    hidden = head_inputs(model, blocks.values(), block, batches, hidden, device)
+                    hidden, ideal = (
+                        head_inputs(model, blocks.values(), block, batches, states, device) if states else []
+                        for states in (hidden, ideal)
+                    )
                     untie(model, [block_name])
                     block.weight = nn.Parameter(weight_of(block).detach().clone())  # overwritten as it is solved
-                    run = runner(block.to(device), hidden, [((), {})] * len(batches), device)
+                    block.to(device)
                 else:  # a rule leaves the head alone
                     break
+                run = runner(block, hidden, calls_here, device)
+                full = FullPrecision(block, block_name, ideal, calls_here, device) if feedback else None
                 if (kept := journal.load(index)) is None:
-                    packed, found = _solve_block(targets, run, masks, config, method, bar)
+                    packed, found = _solve_block(targets, run, full, masks, config, method, bar)
                     journal.save(index, packed, found)
                 else:
                     packed, found = kept[0], [LayerReport(**report) for report in kept[1]]
@@ -175,6 +183,7 @@ def quantize_model(
                     bar.update(len(targets))
                 if index + 1 < len(parts):
                     hidden = [run(batch) for batch in range(len(batches))]
+                    ideal = [full.output(batch) for batch in range(len(batches))] if full else []
                 for name, layer in packed.items():
                     model.set_submodule(name, layer)
                 model.get_submodule(block_name).to(home)
@@ -274,6 +283,7 @@ def _check_storable(name: str, shape: tuple[int, int], config: QuantizeConfig) -
 def _solve_block(
     targets: Mapping[str, _Target],
     run: Callable[..., Tensor],
+    full: FullPrecision | None,
     masks: list[Tensor | None],
     config: QuantizeConfig,
     method: Literal["gptq", "rtn"],
@@ -285,7 +295,7 @@ def _solve_block(
     layers = {name: target.layer for name, target in targets.items()}
     for stage in stages(layers, run) if config.true_sequential else [list(targets)]:
         observer = Observer({name: layers[name] for name in stage})
-        observer.watch(run, masks)
+        observer.watch(run, masks, full)
         for names in observer.groups({name: repr(targets[name].config) for name in stage}):
             own, started = targets[names[0]].config, time.perf_counter()
             bar.set_postfix_str(names[0].split(".", 2)[-1])

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from .packing import storable
-from .quantizer import encode, group_params, quantize
+from .quantizer import group_params, quantize
 from .spec import QuantSpec
 
-BLOCK = 128  # columns between two updates of the whole gradient
 CANDIDATES = 24  # ranges that are tried
 MOST_CLIPPED = 0.6  # of a range
 
@@ -60,12 +59,12 @@ class Rounded:
         return self.scales.to(dtype)[self.g_idx].mul_(self.codes - self.zeros.to(dtype)[self.g_idx])
 
 
-def check_refinement(mse: bool, clip: bool, refine: int) -> None:
+def check_refinement(mse: bool, clip: bool, refine: int, feedback: float) -> None:
     """Refuse options that contradict each other.
 
     Raises:
-        ValueError: mse and clip together, or a negative number of rounds.
-        TypeError: refine is not an integer.
+        ValueError: mse and clip together, a negative number of rounds, or feedback outside [0, 1].
+        TypeError: refine is not an integer, or feedback not a number.
     """
     if mse and clip:
         raise ValueError("mse and clip are two ways to choose a group's range: set one of them")
@@ -73,6 +72,35 @@ def check_refinement(mse: bool, clip: bool, refine: int) -> None:
         raise TypeError(f"refine must be a number of rounds, got {refine!r}")
     if refine < 0:
         raise ValueError(f"refine must be at least 0, got {refine}")
+    if not isinstance(feedback, (int, float)) or isinstance(feedback, bool):
+        raise TypeError(f"feedback must be a number, got {feedback!r}")
+    if not 0 <= feedback <= 1:
+        raise ValueError(f"feedback must lie in [0, 1], got {feedback}")
+
+
+class Descent:
+    """A pass over the codes in a fixed order, each becoming the best one under H while all others are held.
+
+    It is GPTQ's walk with another factor and another start. With H = L + U, L its lower triangle and D its diagonal,
+    in the order of the pass, an error ``start - q`` spreads by ``(L^-1 D)^T`` as it does by the factor of H^-1 in GPTQ,
+    from ``start = w + L^-1 U (w - q_before)``: a step of Gauss and Seidel, rounded as it goes.
+
+    Args:
+        H: (K, K), float64, with a positive diagonal.
+        order: Of the pass, int64 (K,).
+    """
+
+    def __init__(self, H: Tensor, order: Tensor):
+        H = H[order][:, order]
+        self.order, self.upper = order, H.triu(1)
+        self.inverse = torch.linalg.solve_triangular(H, torch.eye(len(H)).to(H), upper=False)
+        self.factor = self.inverse.t().mul(H.diagonal()[:, None]).float()  # upper, with ones on the diagonal
+
+    def start(self, columns: Tensor, rounded: Rounded) -> Tensor:
+        """Where the walk starts, float32 (K, N), not permuted."""
+        error = columns.double() - rounded.dequantize(torch.float64)
+        pull = self.inverse @ (self.upper @ error[self.order])
+        return columns.double().index_add_(0, self.order, pull).float()
 
 
 def refine(
@@ -81,7 +109,8 @@ def refine(
     rounded: Rounded,
     spec: QuantSpec,
     order: Tensor,
-    walk: Callable[[Rounded], Rounded],
+    factor: Tensor,
+    walk: Callable[[Tensor, Tensor, Rounded], Rounded],
     rounds: int,
 ) -> Rounded:
     """Rounds of better scales and better codes; no output's loss ever rises.
@@ -94,15 +123,22 @@ def refine(
         H: (K, K), float64, with a positive diagonal.
         rounded: Its quantized form; not changed.
         spec: The format.
-        order: The order of passes, int64 (K,).
-        walk: GPTQ on a grid that is given: it changes codes alone.
+        order: The order of walks, int64 (K,).
+        factor: GPTQ's, in that order.
+        walk: Rounds columns (K, N) in that order with a factor, on a grid that is given: it changes codes alone.
         rounds: How often.
     """
+    descent = Descent(H, order)
+
+    def descend(rounded: Rounded) -> Rounded:
+        return walk(descent.start(columns, rounded), descent.factor, rounded)
+
     for _ in range(rounds):
         rounded = refit_scales(columns, H, rounded, spec)
-        fresh = descend(columns, H, walk(rounded), spec, order)
-        rounded = descend(columns, H, rounded, spec, order)
-        rounded = fresh.where(losses(columns, H, fresh) < losses(columns, H, rounded), rounded)
+        best = losses(columns, H, rounded)
+        for tried in (descend(rounded), descend(walk(columns, factor, rounded))):
+            loss = losses(columns, H, tried)
+            rounded, best = tried.where(loss < best, rounded), torch.minimum(loss, best)
     return rounded
 
 
@@ -166,34 +202,6 @@ def refit_scales(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec) 
         change = (steps + (zero - new_zero)).mul_(new_scale) - steps * scale
         gradient.addmm_(H[:, inside], change, alpha=-1)
     return Rounded(rounded.codes, scales, zeros, rounded.g_idx)
-
-
-def descend(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec, order: Tensor) -> Rounded:
-    """One pass over the codes: each becomes the best one under the Hessian while all others are held.
-
-    Args:
-        columns: The weight (K, N), floating.
-        H: (K, K), float64, with a positive diagonal.
-        rounded: Its quantized form; not changed.
-        spec: The format.
-        order: The order of the pass, int64 (K,).
-    """
-    gradient = H @ (columns.double() - rounded.dequantize(torch.float64))
-    scales, zeros = rounded.scales.double(), rounded.zeros.double()
-    codes, diagonal, groups = rounded.codes.clone(), H.diagonal(), rounded.g_idx
-    for block in order.split(BLOCK):
-        local, H_block = gradient[block], H[block][:, block]
-        changes = torch.empty_like(local)
-        for j, k in enumerate(block.tolist()):
-            scale, zero = scales[groups[k]], zeros[groups[k]]
-            code = codes[k].double()
-            wanted = (code - zero).mul_(scale).add_(local[j] / diagonal[k])
-            new = encode(wanted, scale, zero, spec.maxq)
-            codes[k] = new
-            torch.sub(new, code, out=changes[j]).mul_(scale)
-            local[j + 1 :].addr_(H_block[j + 1 :, j], changes[j], alpha=-1)
-        gradient.addmm_(H[:, block], changes, alpha=-1)
-    return Rounded(codes, rounded.scales, rounded.zeros, groups)
 
 
 def clipped_params(rows: Tensor, importance: Tensor, maxq: int, sym: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

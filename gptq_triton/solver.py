@@ -43,6 +43,8 @@ class SolverOptions:
         clip: The same, with each input's error weighed by what it costs the solver's output: the
             square over the factor's diagonal, ``(w - q)^2 / U_jj^2`` (the paper's equation 2); by the
             Hessian's diagonal where scales are found before the walk. Excludes ``mse``.
+        feedback: How much of the error of the layers before is made up for, from 0 to 1: the weight is fitted to
+            ``x_full W`` where x differs from the full-precision model's x_full. Needs a Hessian with ``drift``.
         refine: Rounds that choose scales, zero points and codes again under the Hessian; see
             :func:`gptq_triton.refinement.refine`. Each costs about three walks.
         min_tokens: Below this many tokens a layer is rounded to nearest; default: K / 8.
@@ -61,6 +63,7 @@ class SolverOptions:
     group_aware: bool = True
     mse: bool = False
     clip: bool = False
+    feedback: float = 0.0
     refine: int = 0
     min_tokens: int | None = None
     scale_dtype: torch.dtype = torch.float16
@@ -72,7 +75,7 @@ class SolverOptions:
             raise ValueError(f"damp must lie in (0, 1], got {self.damp}")
         if self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
-        check_refinement(self.mse, self.clip, self.refine)
+        check_refinement(self.mse, self.clip, self.refine, self.feedback)
 
 
 class Hessian:
@@ -85,13 +88,23 @@ class Hessian:
 
     def __init__(self, K: int, device: torch.device | str | None = None):
         self.sum = torch.zeros(K, K, dtype=torch.float32, device=device)
+        self.drift: Tensor | None = None  # sum x^T (x_full - x)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Count the rows of x, (..., K), floating. float16 and bfloat16 products are exact here."""
+    def add(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Count the rows of x, (..., K), floating. float16 and bfloat16 products are exact here.
+
+        Args:
+            x: What the layer is given.
+            full: What it is given in the full-precision model, like x.
+        """
         rows = x.reshape(-1, self.sum.shape[0]).to(self.sum)
         self.tokens += rows.shape[0]
         self.sum.addmm_(rows.t(), rows)
+        if full is not None:
+            if self.drift is None:
+                self.drift = torch.zeros_like(self.sum)
+            self.drift.addmm_(rows.t(), full.reshape(rows.shape).to(rows) - rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +210,8 @@ def solve(
             raise ValueError(f"{name}: the weight must be finite, got NaN or infinity")
     if not bool(torch.isfinite(H).all()):
         raise ValueError(f"{names}: the inputs seen must be finite, got NaN or infinity")
-    original = torch.cat([w.t().to(H) for w in weights.values()], dim=1)  # (K, N)
-    nearest = _round_to_nearest(original, H.diagonal(), spec, options)
+    target = torch.cat([w.t().to(H) for w in weights.values()], dim=1)  # (K, N)
+    nearest = _round_to_nearest(target, H.diagonal(), spec, options)
     found, damp = None, options.damp
     needed = _needed_tokens(H.shape[0], options)
     if method == "rtn":
@@ -211,13 +224,16 @@ def solve(
         if factor is None:
             logger.warning("%s: the Hessian cannot be factored even with damping 1; rounded to nearest", names)
         else:
-            found = _walk(original[order], factor, order, g_idx, nearest, spec, options)
+            if options.feedback and hessian.drift is not None:
+                pull = (hessian.drift @ target)[order].mul_(options.feedback)
+                target = target.index_add(0, order, factor.t() @ (factor @ pull))
+            found = _walk(target[order], factor, order, g_idx, nearest, spec, options)
             if options.refine:
-                found = _refined(original, H, order, factor, damp, found, spec, options)
+                found = _refined(target, H, order, factor, damp, found, spec, options)
     solutions, start = {}, 0
     for name, weight in weights.items():
         stop = start + weight.shape[0]
-        W, rtn = original[:, start:stop], nearest.slice(start, stop)
+        W, rtn = target[:, start:stop], nearest.slice(start, stop)
         chosen = rtn if found is None else found.slice(start, stop)
         dequantized = chosen.dequantize()
         size = _energy(W, H)
@@ -450,10 +466,10 @@ def _refined(
     damped = H.double()
     damped.diagonal().add_(damp * damped.diagonal().mean())
 
-    def walk(grid: _Rounded) -> _Rounded:
-        return _walk(columns[order], factor, order, grid.g_idx, grid, spec, given)
+    def walk(start: Tensor, factor: Tensor, grid: _Rounded) -> _Rounded:
+        return _walk(start[order], factor, order, grid.g_idx, grid, spec, given)
 
-    return refine(columns, damped, found, spec, order, walk, options.refine)
+    return refine(columns, damped, found, spec, order, factor, walk, options.refine)
 
 
 def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:

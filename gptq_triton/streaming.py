@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import ignoring
+from .experts import Experts, ignoring
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
 from .solver import Hessian
@@ -181,6 +182,45 @@ def runner(
     return run
 
 
+class FullPrecision:
+    """A block as it is now, to be run on the hidden states of the full-precision model.
+
+    Args:
+        block: It is copied.
+        name: Its full name.
+        hidden: What the full-precision model gives it, per batch.
+        calls: Its other arguments, per batch.
+        device: Where the block is.
+    """
+
+    def __init__(
+        self, block: nn.Module, name: str, hidden: list[Tensor], calls: list[tuple[tuple, dict]], device: torch.device
+    ):
+        block = copy.deepcopy(block)
+        # a router may send a token to other experts in the quantized model: their inputs do not correspond
+        routed = tuple(f"{name}.{path}." for path, each in block.named_modules() if isinstance(each, Experts))
+        self._layers = {n: layer for n, layer in find_layers(block, name=name).items() if not n.startswith(routed)}
+        self._run = runner(block, hidden, calls, device)
+        self._outputs: dict[int, Tensor] = {}
+
+    def inputs(self, batch: int) -> dict[str, Tensor]:
+        """What each layer is given, by its full name."""
+        found: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            for name, layer in self._layers.items():
+
+                def see(_: nn.Module, args: tuple, name: str = name) -> None:
+                    found[name] = args[0]
+
+                hooks.callback(layer.register_forward_pre_hook(see).remove)
+            self._outputs[batch] = self._run(batch)
+        return found
+
+    def output(self, batch: int) -> Tensor:
+        """What the block puts out."""
+        return self._outputs[batch] if batch in self._outputs else self._run(batch)
+
+
 class Observer:
     """Collects the Hessians of some layers; layers that are given the same tensor share one."""
 
@@ -190,14 +230,21 @@ class Observer:
         self._hessians: dict[str, Hessian] = {}
         self._inputs: dict[int, tuple[Tensor, str]] = {}  # of the forward pass under way
 
-    def watch(self, run: Callable[..., Tensor], masks: list[Tensor | None]) -> None:
-        """Run every batch and count what the layers are given."""
+    def watch(self, run: Callable[..., Tensor], masks: list[Tensor | None], full: FullPrecision | None = None) -> None:
+        """Run every batch and count what the layers are given, beside what full precision gives them."""
         for batch, mask in enumerate(masks):
+            wanted = {} if full is None else full.inputs(batch)
             with ExitStack() as hooks:
                 for name, layer in self.layers.items():
 
-                    def see(_: nn.Module, args: tuple, name: str = name, mask: Tensor | None = mask) -> None:
-                        self._see(name, args[0], mask)
+                    def see(
+                        _: nn.Module,
+                        args: tuple,
+                        name: str = name,
+                        mask: Tensor | None = mask,
+                        wanted: dict[str, Tensor] = wanted,
+                    ) -> None:
+                        self._see(name, args[0], mask, wanted.get(name))
 
                     hooks.callback(layer.register_forward_pre_hook(see).remove)
                 run(batch, mask)
@@ -218,7 +265,7 @@ class Observer:
             found.setdefault((self.leader.get(name, name), kind), []).append(name)
         return list(found.values())
 
-    def _see(self, name: str, x: Tensor, mask: Tensor | None) -> None:
+    def _see(self, name: str, x: Tensor, mask: Tensor | None, full: Tensor | None) -> None:
         # holding x keeps its id from being reused during this pass
         leader = self._inputs.setdefault(id(x), (x, name))[1]
         if self.leader.setdefault(name, leader) != leader:
@@ -227,9 +274,10 @@ class Observer:
             rows = x
             if mask is not None and x.shape[:-1].numel() == mask.numel():
                 rows = x.flatten(0, -2)[mask.flatten()]
+                full = None if full is None else full.flatten(0, -2)[mask.flatten()]
             if name not in self._hessians:
                 self._hessians[name] = Hessian(x.shape[-1], x.device)
-            self._hessians[name].add(rows)
+            self._hessians[name].add(rows, full)
 
 
 def stages(layers: Mapping[str, nn.Module], run: Callable[..., Tensor]) -> list[list[str]]:

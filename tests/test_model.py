@@ -112,6 +112,34 @@ def test_blocks_see_the_error_of_the_blocks_before_them():
     assert same.float().mean() > 0.99  # QuantLinear and the dequantized layer round differently in float32
 
 
+def test_feedback_fits_blocks_to_what_full_precision_gives_them():
+    """The second block, solved by hand on the inputs of both models."""
+    full, data = tiny("llama"), batches()
+    config = dataclasses.replace(CONFIG, feedback=1.0)
+    plain, model = copy.deepcopy(full), copy.deepcopy(full)
+    quantize_model(plain, data, CONFIG, progress=False)
+    quantize_model(model, data, config, progress=False)
+    first, state = plain.model.layers[0].state_dict(), model.model.layers[0].state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in first.items())  # nothing went wrong before it
+    name = "model.layers.1.self_attn.o_proj"
+    original, got = full.get_submodule(name), model.get_submodule(name)
+    partly = copy.deepcopy(full)
+    partly.model.layers[0] = copy.deepcopy(model.model.layers[0])
+    seen = []
+    for each in (full, partly):
+        inputs = []
+        with each.get_submodule(name).register_forward_pre_hook(lambda _, args, to=inputs: to.append(args[0])):
+            logits(each, data)
+        seen.append(torch.cat([x.flatten(0, 1) for x in inputs]))
+    hessian = Hessian(original.weight.shape[1])
+    hessian.add(seen[1], seen[0])
+    solution = solve({"x": original.weight.detach()}, hessian, config.spec(), config.solver_options())["x"]
+    same = unpack(solution.weight.qweight, 4, got.infeatures) == unpack(got.qweight, 4, got.infeatures)
+    assert same.float().mean() > 0.99  # QuantLinear and the dequantized layer round differently in float32
+    different = unpack(plain.get_submodule(name).qweight, 4, got.infeatures) != unpack(got.qweight, 4, got.infeatures)
+    assert different.float().mean() > 0.05
+
+
 def test_siblings_share_one_hessian(monkeypatch):
     made = []
 
@@ -156,7 +184,9 @@ def test_rules_exclude_and_override():
         quantize_model(tiny("llama"), batches(), QuantizeConfig(dynamic={"-:.*": {}}), progress=False)
 
 
-def test_padded_tokens_do_not_count():
+@pytest.mark.parametrize("feedback", [0.0, 1.0])
+def test_padded_tokens_do_not_count(feedback):
+    config = dataclasses.replace(CONFIG, feedback=feedback)
     short = batches(count=8, length=24)
     padded = [
         {
@@ -166,8 +196,8 @@ def test_padded_tokens_do_not_count():
         for batch in short
     ]
     one, two = tiny("llama"), tiny("llama")
-    plain = quantize_model(one, short, CONFIG, progress=False)
-    masked = quantize_model(two, padded, CONFIG, progress=False)
+    plain = quantize_model(one, short, config, progress=False)
+    masked = quantize_model(two, padded, config, progress=False)
     assert [report.tokens for report in masked] == [report.tokens for report in plain]
     assert [report.error for report in masked] == pytest.approx([report.error for report in plain], rel=0.05)
 
@@ -209,6 +239,20 @@ def test_a_killed_run_resumes_with_identical_codes(tmp_path, monkeypatch):
         quantize_model(tiny("llama"), data, QuantizeConfig(3, 32), workdir=tmp_path / "work", progress=False)
     with pytest.raises(ValueError, match="another run"):
         quantize_model(tiny("llama", seed=1), data, CONFIG, workdir=tmp_path / "work", progress=False)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_feedback_survives_resume(tmp_path, monkeypatch, sequential):
+    config = QuantizeConfig(3, 32, sym=False, feedback=1.0, true_sequential=sequential, lm_head=True)
+    data, whole, resumed = batches(), tiny("llama"), tiny("llama")
+    quantize_model(whole, data, config, progress=False)
+    calls = dies_in_the_second_block(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(tiny("llama"), data, config, workdir=tmp_path, progress=False)
+    quantize_model(resumed, data, config, workdir=tmp_path, progress=False)
+    assert len(calls) == 2 + 2  # block 0 was read; block 1 and the head were solved
+    state = resumed.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
 
 
 def test_act_order_survives_resume(tmp_path):

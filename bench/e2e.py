@@ -177,7 +177,7 @@ def measure(job: str, kinds: dict[str, Any]) -> list[dict[str, Any]]:
     name, _, batch = job.partition("-")
     rows, captured = {}, {}
     for kind, model in kinds.items():
-        row = rows[kind] = {"job": job, "kind": kind, "weights_gb": round(_nbytes(model) / 1e9, 2)}
+        row = rows[kind] = {"job": job, "kind": kind, "weights_gb": round(nbytes(model) / 1e9, 2)}
         began = time.perf_counter()
         try:
             if name == "decode":
@@ -207,7 +207,8 @@ def measure(job: str, kinds: dict[str, Any]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _nbytes(model: nn.Module) -> int:
+def nbytes(model: nn.Module) -> int:
+    """Of all that a module holds on this rank."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 

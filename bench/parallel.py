@@ -23,7 +23,6 @@ import torch.distributed as dist
 from ledger import Ledger
 from method import Captured
 from record import folder, provenance
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
@@ -85,16 +84,11 @@ def decode(model: Any, batch: int) -> float:
     return milliseconds(item.graph.replay, item.reset) / item.calls
 
 
-def held(model: nn.Module) -> int:
-    """Bytes of the decoder's layers on this rank."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
 def decoding(layers: int, bits: int, mesh: DeviceMesh, add: Callable[..., None]) -> None:
     """Whole on the first GPU, then split over all."""
     model = e2e.quantized(e2e.llama(layers, **SIZES), bits)
     ids = torch.arange(64, device="cuda")[None]
-    expected, whole = model(ids).logits, held(model.model.layers)
+    expected, whole = model(ids).logits, e2e.nbytes(model.model.layers)
     first = dist.get_rank() == 0
     alone: dict[int, float] = {}
     if first:
@@ -110,8 +104,8 @@ def decoding(layers: int, bits: int, mesh: DeviceMesh, add: Callable[..., None])
     off = float((model(ids).logits - expected).norm() / expected.norm())
     for batch in BATCHES:
         ms = slower(decode(model, batch))
-        share = held(model.model.layers) / whole
-        add(f"decode-{batch}", "two", ms=ms, bytes=held(model.model.layers), share=share, rel_err=off)
+        held = e2e.nbytes(model.model.layers)
+        add(f"decode-{batch}", "two", ms=ms, bytes=held, share=held / whole, rel_err=off)
         if first:
             print(f"decode-{batch}: {alone[batch] / ms:.2f} times one GPU", flush=True)
     torch.compiler.reset()

@@ -105,7 +105,7 @@ def main() -> None:
         *random_segments(tokenize(tokenizer, train), 512, 32, seed=1),
     ]
     texts = {
-        name: _thirds_first(even_segments(tokenize(tokenizer, text), 512, 24))
+        name: thirds_first(even_segments(tokenize(tokenizer, text), 512, 24))
         for name, text in (("speeches", speeches(2002, 9999)), ("handbook", test))
     }
     expected = {name: [log_probabilities(full, s) for s in segments[:8]] for name, segments in texts.items()}
@@ -134,7 +134,7 @@ def main() -> None:
         write(options.out, result)
 
 
-def _thirds_first(segments: list[torch.Tensor]) -> list[torch.Tensor]:
+def thirds_first(segments: list[torch.Tensor]) -> list[torch.Tensor]:
     """Every third segment, where KL is measured, and then the others."""
     return segments[::3] + [s for i, s in enumerate(segments) if i % 3]
 

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import HANDBOOK, handbook
+from quality import HANDBOOK, handbook, thirds_first
 from record import RESULTS, provenance, write
-from torch import Tensor
 
 from gptq_triton import QuantizeConfig, quantize_model
-from gptq_triton.demo import load_smollm2, speeches
+from gptq_triton.demo import load_gguf, load_smollm2, speeches
 from gptq_triton.evaluate import Text, evaluate, even_segments, log_probabilities, random_segments, tokenize
 
 SEGMENTS = {"smollm2": (64, 24), "gemma3-270m": (32, 12)}  # for calibration; held out, of each text
@@ -67,7 +66,7 @@ def measure_all(
     count, held_out = SEGMENTS[name]
     seen = [random_segments(text, 512, count // 2, seed) for seed, (text, _) in enumerate(texts.values())]
     batches = [torch.stack(segments[i : i + 8]) for segments in seen for i in range(0, len(segments), 8)]
-    unseen = {key: _thirds_first(even_segments(text, 512, held_out)) for key, (_, text) in texts.items()}
+    unseen = {key: thirds_first(even_segments(text, 512, held_out)) for key, (_, text) in texts.items()}
     full = full.to(device)
     expected = {key: [log_probabilities(full, s) for s in part[: held_out // 3]] for key, part in unseen.items()}
     here = provenance("") | {"device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}
@@ -91,18 +90,6 @@ def measure_all(
         write(out, {"method": method, "rows": sorted(rows, key=lambda r: (r["model"], -r["bits"]))})
 
 
-def load_gguf(path: Path) -> tuple[Any, Any]:
-    """A GGUF file as an ordinary float32 model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
-    del model.config.quantization_config
-    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-        model.__dict__.pop(mark, None)
-    return model.eval(), AutoTokenizer.from_pretrained(path.parent, **where)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gemma", type=Path, metavar="GGUF", help="measure Gemma 3 270M (default: SmolLM2-135M)")
@@ -113,18 +100,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    model, tokenizer = load_gguf(options.gemma) if options.gemma else load_smollm2(torch.float32)
+    model, tokenizer = (
+        load_gguf(options.gemma.parent, options.gemma.name, torch.float32)
+        if options.gemma
+        else load_smollm2(torch.float32)
+    )
     train, test = handbook(options.handbook)
     pairs = {"speeches": (speeches(1982, 2000), speeches(2002, 9999)), "handbook": (train, test)}
     texts = {name: (tokenize(tokenizer, a), tokenize(tokenizer, b)) for name, (a, b) in pairs.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = options.out or RESULTS / ("h200" if device.type == "cuda" else "cpu") / "switches.json"
     measure_all(model, texts, "gemma3-270m" if options.gemma else "smollm2", out, device, options)
-
-
-def _thirds_first(segments: list[Tensor]) -> list[Tensor]:
-    """Every third segment, where KL is measured, and then the others."""
-    return segments[::3] + [s for i, s in enumerate(segments) if i % 3]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

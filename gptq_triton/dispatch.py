@@ -148,6 +148,7 @@ class TransposedPlan:
 
     block_m: int
     stages: int  # of 64 rows of W, in shared memory
+    unit: int  # of stages between two waits of a warpgroup; programs that share a tile cut it there
     group_m: int  # blocks of rows of dy that go through W together
     programs: int
     streamed: int  # tiles of dx that several programs may share
@@ -199,7 +200,7 @@ def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPl
     _check_dtype(problem.dtype)
     if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
         return _dequantize(problem)
-    return min((transposed_plan(problem, rows) for rows in ROWS_OF_TILES), key=lambda plan: _cycles(problem, plan))
+    return min((transposed_plan(problem, rows) for rows in _TRANSPOSED_CYCLES), key=lambda plan: _cycles(problem, plan))
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -288,14 +289,18 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
                 yield MatmulPlan(block_m, block_n, split, warps, stages, registers, ptx)
 
 
+# microseconds of a program for a step, by rows of x of a tile and multiplying groups, on an H200
+_LARGE_STEP = {(16, 4): 0.72, (32, 4): 0.76, (64, 4): 0.92, (64, 2): 0.52, (128, 2): 0.74, (256, 2): 1.33}
+
+
 def _large(problem: Problem) -> Iterator[LargePlan]:
     subgroups = max(1, 128 // problem.group_columns)
-    for block_m, groups in ((16, 4), (32, 4), (64, 4), (64, 2), (128, 2), (256, 2)):
+    for block_m, groups in _LARGE_STEP:
         if block_m < min(problem.M, 256) / 2 or block_m // 2 >= problem.M:
             continue  # tiles that take turns, or are mostly empty
         rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * subgroups)
-        stages = min(8, (225 * 1024 - 2 * rows * block_m) // step)
+        stages = min(8, (_SHARED_MEMORY[90] * 1024 - 2048 - 2 * rows * block_m) // step)
         for split in _SPLITS:
             plan = LargePlan(block_m, groups, stages, split)
             partial = 4 * split * plan.tiles(problem) * rows * block_m
@@ -303,16 +308,16 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
                 yield plan
 
 
-STRIPS_OF_UNITS = 32  # of W: programs that share a tile of dx cut it between units
-# cycles for a unit and a step, by rows of a tile, from an H200
-ROWS_OF_TILES = {64: 5400, 128: 6300, 256: 9000}
+# cycles of a program for eight stages and a step, by rows of a tile, on an H200
+_TRANSPOSED_CYCLES = {64: 5400, 128: 6300, 256: 9000}
 
 
 def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
     """The plan for ``dy @ W.T`` with tiles of so many rows."""
     stage = 64 * (2 * block_m + 4 * max(1, 128 // problem.group_columns) + 16 * problem.bits)  # bytes
     stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * block_m - 1024) // stage)
-    tiles, units = -(-problem.M // block_m) * problem.steps, -(-problem.strips // STRIPS_OF_UNITS)
+    unit = 4 if problem.bits == 3 else 8  # eight stages of 3 bits take more registers than there are
+    tiles, units = _cut(problem, block_m, unit)
     programs = min(problem.multiprocessors, tiles * units)
     left = tiles % programs
     streamed = left if left == 0 or tiles < programs or 2 * left >= programs else left + programs
@@ -325,16 +330,21 @@ def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
         or (programs < tiles < 4 * programs and left > 0.85 * programs)
     ):
         programs, streamed = min(programs, tiles), 0
-    return TransposedPlan(block_m, stages, 8, programs, streamed)
+    return TransposedPlan(block_m, stages, unit, 8, programs, streamed)
+
+
+def _cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:
+    """Tiles of dx, and the units of each."""
+    return -(-problem.M // block_m) * problem.steps, -(-problem.strips // (4 * unit))
 
 
 def _cycles(problem: Problem, plan: TransposedPlan) -> float:
     """Estimate: of the busiest program."""
-    tiles, units = -(-problem.M // plan.block_m) * problem.steps, -(-problem.strips // STRIPS_OF_UNITS)
+    tiles, units = _cut(problem, plan.block_m, plan.unit)
     whole = -(-(tiles - plan.streamed) // plan.programs)
     shared = plan.streamed / plan.programs
     meeting = 25 * plan.block_m * -(-plan.programs // plan.streamed) if plan.streamed else 0
-    return (whole + shared) * (units * ROWS_OF_TILES[plan.block_m] + 10 * plan.block_m) + meeting
+    return (whole + shared) * (units * plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m] + 10 * plan.block_m) + meeting
 
 
 def microseconds(problem: Problem, plan: FusedPlan) -> float:
@@ -361,10 +371,6 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     arrival = work * 256 * problem.bits / 4.3e6
     arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
     return max(arrival, arithmetic) + filling * waves + (0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split)
-
-
-# of a program for a step, by rows of x of a tile and multiplying groups, on an H200
-_LARGE_STEP = {(16, 4): 0.72, (32, 4): 0.76, (64, 4): 0.92, (64, 2): 0.52, (128, 2): 0.74, (256, 2): 1.33}
 
 
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:

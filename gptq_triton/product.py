@@ -130,6 +130,15 @@ def prepare_launch(problem: Problem, plan: Plan, operands: Operands, device: int
     return guarded
 
 
+def _form(problem: Problem, scales: torch.dtype) -> dict[str, Any]:
+    """What every kernel is told of a weight's form."""
+    return {
+        "bits": problem.bits,
+        "group_columns": problem.group_columns,
+        "scales_bf16": scales == torch.bfloat16,
+    }
+
+
 def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
     digits_module = _kernels("digits")
     M, K, N = problem.M, operands.K, operands.N
@@ -140,9 +149,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         device,
         problem.dtype,
         operands.bias,
-        bits=problem.bits,
-        scales_bf16=operands.scales == torch.bfloat16,
-        group_columns=problem.group_columns,
+        **_form(problem, operands.scales),
         pdl=pdl,
         **asdict(plan),
     )
@@ -218,9 +225,7 @@ def _matmul(
             y.view(M, weight.N),
             workspace,
             counters,
-            bits=problem.bits,
-            group_columns=problem.group_columns,
-            scales_bf16=weight.dtype == torch.bfloat16,
+            **_form(problem, weight.dtype),
             **asdict(plan),
         )
 
@@ -230,9 +235,7 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
         device,
         problem.dtype,
         operands.bias,
-        bits=problem.bits,
-        scales_bf16=operands.scales == torch.bfloat16,
-        group_columns=problem.group_columns,
+        **_form(problem, operands.scales),
         pdl=True,
         **asdict(plan),
     )
@@ -290,11 +293,10 @@ def _by_tiles(plan: TransposedPlan, problem: Problem, dy: Tensor, weight: TiledW
     multiply = _kernels("transposed").prepare_transposed(
         device,
         dy.dtype,
-        bits=problem.bits,
-        scales_bf16=weight.dtype == torch.bfloat16,
-        group_columns=problem.group_columns,
+        **_form(problem, weight.dtype),
         block_m=plan.block_m,
         stages=plan.stages,
+        unit=plan.unit,
         group_m=plan.group_m,
     )
     sums = plan.programs * STEP * plan.block_m if plan.streamed else 0
@@ -329,9 +331,7 @@ def _slabs(
             weight.meta,
             weight.scales,
             slab,
-            bits=problem.bits,
-            group_columns=problem.group_columns,
-            scales_bf16=weight.dtype == torch.bfloat16,
+            **_form(problem, weight.dtype),
             first_strip=first // STRIP,
             ptx=problem.capability >= 80,
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -182,6 +182,19 @@ def runner(
     return run
 
 
+@contextmanager
+def _watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """``see(name, x)`` is called with every input of every layer."""
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+
+            def hook(_: nn.Module, args: tuple, name: str = name) -> None:
+                see(name, args[0])
+
+            hooks.callback(layer.register_forward_pre_hook(hook).remove)
+        yield
+
+
 class FullPrecision:
     """A block as it is now, to be run on the hidden states of the full-precision model.
 
@@ -206,13 +219,7 @@ class FullPrecision:
     def inputs(self, batch: int) -> dict[str, Tensor]:
         """What each layer is given, by its full name."""
         found: dict[str, Tensor] = {}
-        with ExitStack() as hooks:
-            for name, layer in self._layers.items():
-
-                def see(_: nn.Module, args: tuple, name: str = name) -> None:
-                    found[name] = args[0]
-
-                hooks.callback(layer.register_forward_pre_hook(see).remove)
+        with _watching(self._layers, found.__setitem__):
             self._outputs[batch] = self._run(batch)
         return found
 
@@ -234,19 +241,11 @@ class Observer:
         """Run every batch and count what the layers are given, beside what full precision gives them."""
         for batch, mask in enumerate(masks):
             wanted = {} if full is None else full.inputs(batch)
-            with ExitStack() as hooks:
-                for name, layer in self.layers.items():
 
-                    def see(
-                        _: nn.Module,
-                        args: tuple,
-                        name: str = name,
-                        mask: Tensor | None = mask,
-                        wanted: dict[str, Tensor] = wanted,
-                    ) -> None:
-                        self._see(name, args[0], mask, wanted.get(name))
+            def see(name: str, x: Tensor, mask: Tensor | None = mask, wanted: dict[str, Tensor] = wanted) -> None:
+                self._see(name, x, mask, wanted.get(name))
 
-                    hooks.callback(layer.register_forward_pre_hook(see).remove)
+            with _watching(self.layers, see):
                 run(batch, mask)
             self._inputs.clear()
 
@@ -284,14 +283,12 @@ def stages(layers: Mapping[str, nn.Module], run: Callable[..., Tensor]) -> list[
     """Layers of a block in the order they run, those with one input in one stage."""
     order: dict[int, list[str]] = {}
     alive: list[Tensor] = []
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
 
-            def see(_: nn.Module, args: tuple, name: str = name) -> None:
-                alive.append(args[0])
-                order.setdefault(id(args[0]), []).append(name)
+    def see(name: str, x: Tensor) -> None:
+        alive.append(x)
+        order.setdefault(id(x), []).append(name)
 
-            hooks.callback(layer.register_forward_pre_hook(see).remove)
+    with _watching(layers, see):
         run(0)
     seen = [name for stage in order.values() for name in stage]
     rest = [name for name in layers if name not in seen]

@@ -16,7 +16,22 @@ LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 WAIT_FOR_EARLIER = gl.constexpr("griddepcontrol.wait; // $0")
 
 
-class Text:
+class Constants:
+    """What a kernel is compiled for, as one constexpr: known by its ``key``."""
+
+    key: tuple
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.key == self.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.key}"
+
+
+class Text(Constants):
     """PTX and what depends on the width of the codes, as one constexpr.
 
     Args:
@@ -43,15 +58,6 @@ class Text:
         }.items():
             setattr(self, name, gl.constexpr(asm))
             setattr(self, name + "_constraints", gl.constexpr(constraints))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Text) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __repr__(self) -> str:
-        return f"Text{self.key}"
 
 
 @gluon.jit

@@ -30,17 +30,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .common import LAUNCH_DEPENDENTS, WAIT_FOR_EARLIER, barrier, bits_of, do, linear
+from .common import LAUNCH_DEPENDENTS, WAIT_FOR_EARLIER, Constants, barrier, bits_of, do, linear
 from .launch import Map, prepare
 from .unpack_ptx import scale_ptx, weights_ptx
+from .warpgroups import (
+    FLAT_LAYOUT,
+    ROWS_LAYOUT,
+    by_registers,
+    described,
+    from_registers,
+    offsets,
+    place,
+    sums_layout,
+)
 
 STRIPS = gl.constexpr(4)  # of a multiplying group: a warp each
 BAND = gl.constexpr(8)  # tiles of y along M that programs take before they go on along N
 
 
-class Tiles:
+class Tiles(Constants):
     """What the kernel is compiled for, as one constexpr.
 
     Args:
@@ -81,26 +90,10 @@ class Tiles:
             "meta_layout": linear(
                 [[0, 1]], [[0, 0]] * 2 + [[0, 2 * b] for b in bits_of(8)], [[0, 16], [0, 32]], [1, 16 * strips]
             ),
-            "sums_layout": linear(
-                [[0, 1], [0, 2]] + [[4 * b, 0] for b in bits_of(block_m // 8)],
-                [[0, 4 * b] for b in lanes], warps, [block_m // 2, 128],
-            ),
+            "sums_layout": sums_layout(block_m),
         }  # fmt: skip
         for name, value in constants.items():
             setattr(self, name, gl.constexpr(value))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tiles) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __repr__(self) -> str:
-        return f"Tiles{self.key}"
-
-
-ROWS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-FLAT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))
 
 
 @gluon.jit
@@ -110,41 +103,38 @@ def _split_fourth(words):
 
 
 @gluon.jit
-def _load_words(words, stage, group: gl.constexpr, C: gl.constexpr):
-    """The words of a step, for each quarter those it needs: [strip, g, t, ...] as `weights_ptx` says."""
-    first = words.index(stage * C.vectors).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
-    first = first.reshape((STRIPS, 8, 4, 2, 2))
-    if C.bits == 2:
-        even, odd = _split_fourth(first)
-        quarters = ((even,), (odd,), (even,), (odd,))
-    else:
-        second = words.index(stage * C.vectors + 1).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
-        second = second.reshape((STRIPS, 8, 4, 2, 2))
-        if C.bits == 4:
-            q0, q1 = _split_fourth(first)
-            q2, q3 = _split_fourth(second)
-            quarters = ((q0,), (q1,), (q2,), (q3,))
-        else:
-            third = words.index(stage * C.vectors + 2).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
-            fourth = words.index(stage * C.vectors + 3).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
-            third = third.reshape((STRIPS, 8, 4, 2, 2))
-            fourth = fourth.reshape((STRIPS, 8, 4, 2, 2))
-            quarters = ((first,), (second,), (third,), (fourth,))
-    return quarters
+def _load_vector(words, index, group: gl.constexpr, C: gl.constexpr):
+    """Four words of every lane: [strip, g, t, 2, 2]."""
+    vector = words.index(index).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
+    return vector.reshape((STRIPS, 8, 4, 2, 2))
 
 
 @gluon.jit
-def _load_words3(words, rest, stage, group: gl.constexpr, C: gl.constexpr):
-    """`_load_words` for 3 bits."""
-    low = words.index(stage).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
-    low0, low1 = _split_fourth(low.reshape((STRIPS, 8, 4, 2, 2)))
-    a0, b0 = gl.split(low0)
-    a1, b1 = gl.split(low1)
-    high = rest.index(stage).slice(STRIPS * group, STRIPS, dim=0).load(C.rest_layout)
-    c0, c1 = gl.split(high.reshape((STRIPS, 8, 4, 2)))
-    c0 = gl.convert_layout(c0, a0.type.layout, assert_trivial=True)
-    c1 = gl.convert_layout(c1, a0.type.layout, assert_trivial=True)
-    return ((a0, b0), (a0, b0, c0), (a1, b1), (a1, b1, c1))
+def _load_words(words, rest, stage, group: gl.constexpr, C: gl.constexpr):
+    """The words of a step, for each quarter those it needs: [strip, g, t, ...] as `weights_ptx` says."""
+    first = _load_vector(words, stage * C.vectors, group, C)
+    if C.bits == 2:
+        even, odd = _split_fourth(first)
+        quarters = ((even,), (odd,), (even,), (odd,))
+    elif C.bits == 3:
+        low0, low1 = _split_fourth(first)
+        a0, b0 = gl.split(low0)
+        a1, b1 = gl.split(low1)
+        high = rest.index(stage).slice(STRIPS * group, STRIPS, dim=0).load(C.rest_layout)
+        c0, c1 = gl.split(high.reshape((STRIPS, 8, 4, 2)))
+        c0 = gl.convert_layout(c0, a0.type.layout, assert_trivial=True)
+        c1 = gl.convert_layout(c1, a0.type.layout, assert_trivial=True)
+        quarters = ((a0, b0), (a0, b0, c0), (a1, b1), (a1, b1, c1))
+    elif C.bits == 4:
+        q0, q1 = _split_fourth(first)
+        q2, q3 = _split_fourth(_load_vector(words, stage * C.vectors + 1, group, C))
+        quarters = ((q0,), (q1,), (q2,), (q3,))
+    else:
+        second = _load_vector(words, stage * C.vectors + 1, group, C)
+        third = _load_vector(words, stage * C.vectors + 2, group, C)
+        fourth = _load_vector(words, stage * C.vectors + 3, group, C)
+        quarters = ((first,), (second,), (third,), (fourth,))
+    return quarters
 
 
 @gluon.jit
@@ -155,17 +145,6 @@ def _load_meta(meta, stage, group: gl.constexpr, C: gl.constexpr):
         row = meta.index(stage).slice(u, 1, dim=0).slice(16 * STRIPS * group, 16 * STRIPS, dim=1)
         rows = rows + (row.load(C.meta_layout).reshape((STRIPS, 8, 2)),)
     return rows
-
-
-@gluon.jit
-def _load_step(ring, stage, group: gl.constexpr, C: gl.constexpr):
-    """Words and meta of a step, as `_load_words` and `_load_meta` say."""
-    _, ws, rs, ms, _, _ = ring
-    if C.bits == 3:
-        words = _load_words3(ws, rs, stage, group, C)
-    else:
-        words = _load_words(ws, stage, group, C)
-    return words, _load_meta(ms, stage, group, C)
 
 
 @gluon.jit
@@ -226,16 +205,6 @@ def _weights(words, meta, S: gl.constexpr, C: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
-def _place(tile, tiles_m, tiles_n):
-    """Where a tile of y is: bands of BAND tiles along M, in each of them N outermost."""
-    band = tile // (BAND * tiles_n)
-    first = band * BAND
-    height = gl.minimum(tiles_m - first, BAND)
-    within = tile - band * BAND * tiles_n
-    return first + within % height, within // height
-
-
-@gluon.jit
 def _copy_weight(sources, ring, stage, tile_n, step, C: gl.constexpr):
     """Words and meta of a step, and how much the step is in all."""
     words, rest, meta = sources
@@ -271,7 +240,7 @@ def _copy(x, sources, ring, M, N, steps, split, C: gl.constexpr):
     # The weight does not depend on kernels before: as much of it as the ring holds sets out at once
     first = gl.program_id(0)
     first_part = first // tiles
-    first_m, first_n = _place(first - first_part * tiles, tiles_m, tiles_n)
+    first_m, first_n = place(first - first_part * tiles, tiles_m, tiles_n, BAND)
     first_step = steps * first_part // split
     ahead = gl.minimum(steps * (first_part + 1) // split - first_step, C.stages)
     for i in range(ahead):
@@ -285,7 +254,7 @@ def _copy(x, sources, ring, M, N, steps, split, C: gl.constexpr):
     phase = 1 - ahead // C.stages
     for unit in range(first, tiles * split, gl.num_programs(0)):
         part = unit // tiles
-        tile_m, tile_n = _place(unit - part * tiles, tiles_m, tiles_n)
+        tile_m, tile_n = place(unit - part * tiles, tiles_m, tiles_n, BAND)
         done = gl.where(unit == first, ahead, 0)
         for step in range(steps * part // split + done, steps * (part + 1) // split):
             mbarrier.wait(empty.index(stage), phase)
@@ -300,7 +269,7 @@ def _copy(x, sources, ring, M, N, steps, split, C: gl.constexpr):
 @gluon.jit
 def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C: gl.constexpr):
     """A multiplying group."""
-    xs, full, empty = ring[0], ring[4], ring[5]
+    xs, ws, rs, ms, full, empty = ring
     workspace_ptr, counters_ptr = meeting
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -314,7 +283,7 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
         # Which tile is mine
         part = unit // tiles
         tile = unit - part * tiles
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n)
+        tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
         first_n = (tile_n * C.groups + group) * 16 * STRIPS
         count = steps * (part + 1) // split - steps * part // split
 
@@ -322,7 +291,8 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
         acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, mma)
         for _ in range(count):
             mbarrier.wait(full.index(stage), phase)
-            q, m = _load_step(ring, stage, group, C)
+            q = _load_words(ws, rs, stage, group, C)
+            m = _load_meta(ms, stage, group, C)
             for s in gl.static_range(4):
                 a = _weights(q[s], m[s * C.subgroups // 4], s, C, A)
                 b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
@@ -334,15 +304,12 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
                 stage = 0
                 phase ^= 1
 
-        # Epilogue: partial sums in a fixed order, in the order of registers so that lanes move 16 bytes
+        # Epilogue: partial sums in a fixed order
         last = True
         if C.splits:
-            L: gl.constexpr = C.sums_layout
             PARTIAL: gl.constexpr = 16 * STRIPS * C.block_m
-            sums = acc.reshape((4, 2, 8, C.block_m // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5))
-            sums = gl.convert_layout(sums.reshape((PARTIAL // 128, 128)), L, assert_trivial=True)
-            offs = gl.expand_dims(gl.arange(0, PARTIAL // 128, gl.SliceLayout(1, L)), 1) * 128
-            offs += gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, L)), 0)
+            sums = by_registers(acc, C.sums_layout)
+            offs = offsets(C.block_m, C.sums_layout)
             first = workspace_ptr + (tile * C.groups + group).to(gl.int64) * (split * PARTIAL) + offs
             gl.store(first + part * PARTIAL, sums)
             barrier()
@@ -353,8 +320,7 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
                 sums = gl.load(first, cache_modifier=".cg")
                 for j in range(1, split):
                     sums += gl.load(first + j * PARTIAL, cache_modifier=".cg")
-            acc = sums.reshape((C.block_m // 8, 4, 8, 4, 2, 2)).permute((1, 4, 2, 0, 3, 5))
-            acc = gl.convert_layout(acc.reshape((16 * STRIPS, C.block_m)), mma, assert_trivial=True)
+            acc = from_registers(sums, C.block_m, mma)
 
         # Store
         if last:
@@ -448,33 +414,26 @@ def prepare_large(
         pdl,
     )
     subgroups, strips = max(1, 128 // group_columns), STRIPS.value * groups
-    rows_layout, flat_layout = ROWS_LAYOUT.value, FLAT_LAYOUT.value
-    place = torch.device("cuda", device)
-    half, words_like = (torch.empty(16, dtype=kind, device=place) for kind in (dtype, torch.int32))
-    typical = [
-        TensorDescriptor(like, [1024, 1024], [1024, 1], block, layout)
-        for like, block, layout in (
-            (half, [block_m, 64], rows_layout),
-            (words_like, [strips, 128], flat_layout),
-            (words_like, [strips, 64], flat_layout),
-            (words_like, [subgroups, 16 * strips], flat_layout),
-            (half, [block_m, 64], rows_layout),
-        )
+    rows, flat = ROWS_LAYOUT.value, FLAT_LAYOUT.value
+    boxes = [
+        described(dtype, [block_m, 64], rows),
+        described(torch.int32, [strips, 128], flat),
+        described(torch.int32, [strips, 64], flat),
+        described(torch.int32, [subgroups, 16 * strips], flat),
+        described(dtype, [block_m, 64], rows),
     ]
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
-    run = prepare(large_kernel, device, (*typical, bias, *meeting), 4, {"C": C}, num_warps=4, launch_pdl=pdl)
+    run = prepare(large_kernel, device, (*boxes, bias, *meeting), 4, {"C": C}, num_warps=4, launch_pdl=pdl)
 
     def launch(
         programs: int, stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor, bias: Tensor | None,
         workspace: Tensor | None, counters: Tensor | None,
     ) -> None:  # fmt: skip
-        (M, N), (all_strips, steps, width), columns = y.shape, words.shape, meta.shape[1]
-        words_map = Map(words, [all_strips, steps * width], [steps * width, 1])
+        words_map = Map.of(words.view(len(words), -1))
+        addresses = [None if t is None else t.data_ptr() for t in (bias, workspace, counters)]
         run(
-            programs, 1, stream,
-            Map(x, [M, x.shape[1]], [x.stride(0), 1]), words_map, words_map,
-            Map(meta, [meta.shape[0], columns], [columns, 1]), Map(y, [M, N], [y.stride(0), 1]),
-            *[None if t is None else t.data_ptr() for t in (bias, workspace, counters)], M, N, steps, split,
+            programs, 1, stream, Map.of(x), words_map, words_map, Map.of(meta), Map.of(y), *addresses,
+            *y.shape, words.shape[1], split,
         )  # fmt: skip
 
     return launch

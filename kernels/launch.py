@@ -24,6 +24,11 @@ class Map(NamedTuple):
     padding: str = "zero"
     round_f32_to_tf32: bool = False
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Map:
+        """The whole of a tensor."""
+        return cls(tensor, list(tensor.shape), list(tensor.stride()))
+
 
 def prepare(
     kernel: Any,

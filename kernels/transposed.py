@@ -32,19 +32,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime.jit import MockTensor
 
-from .common import barrier, bits_of, linear
-from .launch import prepare
+from .common import barrier
+from .launch import Map, prepare
 from .turned import STAGE, Form, operand
+from .warpgroups import (
+    FLAT_LAYOUT,
+    ROWS_LAYOUT,
+    by_registers,
+    described,
+    from_registers,
+    offsets,
+    place,
+    sums_layout,
+)
 
 WAIT_UNTIL = gl.constexpr(
     "{ .reg .pred p; .reg .b32 t; again: ld.acquire.gpu.global.b32 t, [$1]; setp.lt.s32 p, t, $2; @p bra again;"
     " mov.b32 $0, t; }"
 )
-TILES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-FLAT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))
 
 
 # Plain arithmetic, which Python can follow too: who does what
@@ -85,15 +91,6 @@ def others(tile, p, programs, streamed, units):
         count += 1
         _, reached = share(p + count, programs, streamed, units)
     return count
-
-
-@gluon.jit
-def place(tile, blocks_m, steps, GROUP_M: gl.constexpr):
-    """Where a tile is: block of rows, step. GROUP_M blocks of rows go through the steps together."""
-    group = tile // (GROUP_M * steps)
-    rows = min(blocks_m - group * GROUP_M, GROUP_M)
-    within = tile - group * GROUP_M * steps
-    return group * GROUP_M + within % rows, within // rows
 
 
 @gluon.jit
@@ -166,25 +163,24 @@ def _stages(
 def _multiplier(
     UPPER: gl.constexpr, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
     streamed, blocks_m, steps, units, F: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-    SHIFT: gl.constexpr, R: gl.constexpr,
+    R: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 columns of each tile of dx."""
     BLOCK_M: gl.constexpr = dy_s.shape[1]
-    ROWS: gl.constexpr = BLOCK_M // 2  # of 128 partial sums
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    SHIFT: gl.constexpr = UNIT // 2  # the waits of the two warpgroups lie apart
     programs = gl.num_programs(0)
     p = programs - 1 - gl.program_id(0)
     slot = 0
     phase = 0
     out = dx_s.index(UPPER)
-    offs = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, R)), 1) * 128
-    offs = offs + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, R)), 0)
+    offs = offsets(BLOCK_M, R)
     for i in range(pieces(p, programs, streamed, blocks_m * steps, units)):
         tile, start, stop = piece(i, p, programs, streamed, units)
         pm, step = place(tile, blocks_m, steps, GROUP_M)
         acc = gl.zeros((64, BLOCK_M), gl.float32, mma)
-        if SHIFT > 0 and UPPER:
+        if UPPER:
             acc, slot, phase = _stages(
                 acc, slot, phase, SHIFT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
             )
@@ -202,22 +198,18 @@ def _multiplier(
                 )
         counter = counters_ptr + tile * 2 + UPPER
         if start > 0:
-            # Somebody else's tile: leave the sums in the order of registers, 16 bytes a lane
-            v = acc.reshape((4, 2, 8, BLOCK_M // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, 128))
-            v = gl.convert_layout(v, R, assert_trivial=True)
-            gl.store(workspace_ptr + (p * 2 + UPPER) * (64 * BLOCK_M) + offs, v)
+            # Somebody else's tile: leave the sums
+            gl.store(workspace_ptr + (p * 2 + UPPER) * (64 * BLOCK_M) + offs, by_registers(acc, R))
             barrier()
             gl.atomic_add(counter, 1, sem="release")
         else:
             if stop < units:
                 more = others(tile, p, programs, streamed, units)
                 gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
-                v = acc.reshape((4, 2, 8, BLOCK_M // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, 128))
-                v = gl.convert_layout(v, R, assert_trivial=True)
+                v = by_registers(acc, R)
                 for j in range(1, more + 1):
                     v += gl.load(workspace_ptr + ((p + j) * 2 + UPPER) * (64 * BLOCK_M) + offs, cache_modifier=".cg")
-                acc = v.reshape((BLOCK_M // 8, 4, 8, 4, 2, 2)).permute((1, 4, 2, 0, 3, 5)).reshape((64, BLOCK_M))
-                acc = gl.convert_layout(acc, mma, assert_trivial=True)
+                acc = from_registers(v, BLOCK_M, mma)
                 barrier()
                 gl.store(counter, 0)
             tma.store_wait(0)
@@ -234,14 +226,14 @@ def transposed_kernel(
     dy, words, low_words, meta, dx, workspace_ptr, counters_ptr,
     streamed, blocks_m, steps, units,
     F: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr,
-    UNIT: gl.constexpr, SHIFT: gl.constexpr, R: gl.constexpr,
+    UNIT: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups that multiply, one warp that copies."""
-    dy_s = gl.allocate_shared_memory(F.dtype, [STAGES, BLOCK_M, 16 * STAGE], TILES)
-    words_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.boxes, STAGE, F.width], FLAT)
-    low_s = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE, 64], FLAT) if F.bits == 3 else words_s
-    meta_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.meta_boxes, F.meta_rows, 16 * STAGE], FLAT)
-    dx_s = gl.allocate_shared_memory(F.dtype, [2, BLOCK_M, 64], TILES)
+    dy_s = gl.allocate_shared_memory(F.dtype, [STAGES, BLOCK_M, 16 * STAGE], ROWS_LAYOUT)
+    words_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.boxes, STAGE, F.width], FLAT_LAYOUT)
+    low_s = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE, 64], FLAT_LAYOUT) if F.bits == 3 else words_s
+    meta_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.meta_boxes, F.meta_rows, 16 * STAGE], FLAT_LAYOUT)
+    dx_s = gl.allocate_shared_memory(F.dtype, [2, BLOCK_M, 64], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -252,9 +244,9 @@ def transposed_kernel(
     gl.warp_specialize(
         [
             (_multiplier, (0, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, SHIFT, R)),
+                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, R)),
             (_multiplier, (1, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, SHIFT, R)),
+                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, R)),
             (_copier, (dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty,
                        streamed, blocks_m, steps, units, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
         ],
@@ -265,18 +257,9 @@ def transposed_kernel(
 
 @functools.cache
 def constants(
-    bits: int,
-    bf16: bool,
-    scales_bf16: bool,
-    group_columns: int,
-    block_m: int,
-    stages: int,
-    group_m: int,
-    unit: int = 4,
-    shift: int = 0,
-):
+    bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, stages: int, unit: int, group_m: int
+) -> dict:
     """The constexpr arguments of the kernel."""
-    rows = block_m // 2
     return {
         "F": Form(bits, bf16, scales_bf16, max(1, 128 // group_columns)),
         "BLOCK_M": block_m,
@@ -284,13 +267,7 @@ def constants(
         "GROUP_STEPS": max(1, group_columns // 128),
         "GROUP_M": group_m,
         "UNIT": unit,
-        "SHIFT": shift,
-        "R": linear(
-            [[0, 1], [0, 2], *[[4 * b, 0] for b in bits_of(rows // 4)]],
-            [[0, 4 * b] for b in bits_of(32)],
-            [[1, 0], [2, 0]],
-            [rows, 128],
-        ),
+        "R": sums_layout(block_m),
     }
 
 
@@ -298,11 +275,11 @@ def descriptors(form: Form, dtype: torch.dtype, block_m: int) -> list:
     """Of dy, words, low_words, meta and dx: dtype, shape and layout of what is copied at a time, or None."""
     stage, low = STAGE.value, form.bits.value == 3
     return [
-        (dtype, [block_m, 16 * stage], TILES.value),
-        (torch.int32, [stage, form.width.value], FLAT.value),
-        (torch.int32, [stage, 64], FLAT.value) if low else None,
-        (torch.int32, [form.meta_rows.value, 16 * stage], FLAT.value),
-        (dtype, [block_m, 64], TILES.value),
+        (dtype, [block_m, 16 * stage], ROWS_LAYOUT.value),
+        (torch.int32, [stage, form.width.value], FLAT_LAYOUT.value),
+        (torch.int32, [stage, 64], FLAT_LAYOUT.value) if low else None,
+        (torch.int32, [form.meta_rows.value, 16 * stage], FLAT_LAYOUT.value),
+        (dtype, [block_m, 64], ROWS_LAYOUT.value),
     ]
 
 
@@ -312,7 +289,7 @@ Multiply = Callable[..., None]
 @functools.cache
 def prepare_transposed(
     device: int, dtype: torch.dtype, *, bits: int, scales_bf16: bool, group_columns: int, block_m: int, stages: int,
-    group_m: int, unit: int = 8, shift: int = 4,
+    unit: int, group_m: int,
 ) -> Multiply:  # fmt: skip
     """Compile for these constants.
 
@@ -324,9 +301,8 @@ def prepare_transposed(
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
         block_m: Rows of a tile of dx: 64, 128 or 256.
         stages: Of four strips, in shared memory.
+        unit: Of stages between two waits of a warpgroup for its products; programs that share a tile cut it there.
         group_m: Blocks of rows that go through the weight together.
-        unit: Stages between two waits of a warpgroup for its products; programs that share a tile cut it there.
-        shift: Stages by which the waits of the two warpgroups lie apart.
 
     Returns:
         ``multiply(programs, streamed, stream, dy, words, meta, dx, workspace, counters)``: tensors dy (M, N), words
@@ -335,24 +311,18 @@ def prepare_transposed(
         int32 counters a streamed tile, which are left zeroed. Unless no tile is streamed, the streamed ones have at
         least as many units of 64 * unit rows of W as there are programs.
     """
-    names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, group_m, unit, shift)
-    boxes = descriptors(names["F"], dtype, block_m)
-    described = [box and TensorDescriptor(MockTensor(box[0]), box[1], [box[1][1], 1], *box[1:]) for box in boxes]
-    launch = prepare(transposed_kernel, device, (*described, torch.float32, torch.int32), 4, names, num_warps=4)
+    names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, unit, group_m)
+    boxes = [box and described(*box) for box in descriptors(names["F"], dtype, block_m)]
+    launch = prepare(transposed_kernel, device, (*boxes, torch.float32, torch.int32), 4, names, num_warps=4)
 
     def multiply(
         programs: int, streamed: int, stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,
         workspace: int | None, counters: int | None,
     ) -> None:  # fmt: skip
-        (strips, steps, _), (M, _) = words.shape, dy.shape
-        flat = words.view(strips, -1)
-        described = [
-            box and TensorDescriptor(tensor, tensor.shape, tensor.stride(), *box[1:])
-            for tensor, box in zip((dy, flat, flat, meta, dx), boxes, strict=True)
-        ]
+        (strips, steps, _), words_map = words.shape, Map.of(words.view(len(words), -1))
         launch(
-            programs, 1, stream, *described, workspace, counters,
-            streamed, -(-M // block_m), steps, -(-strips // (STAGE.value * unit)),
+            programs, 1, stream, Map.of(dy), words_map, words_map if bits == 3 else None, Map.of(meta), Map.of(dx),
+            workspace, counters, streamed, -(-len(dy) // block_m), steps, -(-strips // (STAGE.value * unit)),
         )  # fmt: skip
 
     return multiply

@@ -12,13 +12,13 @@ scale is rounded as dequantize.py rounds it; ``movmatrix`` then turns 8 x 8 weig
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .common import bits_of, linear
+from .common import Constants, bits_of, linear
 from .unpack_ptx import transposed_ptx
 
 STAGE = gl.constexpr(4)  # strips at a time
 
 
-class Form:
+class Form(Constants):
     """What depends on the width of the codes, dtypes and groups, as one constexpr.
 
     Args:
@@ -73,15 +73,6 @@ class Form:
                 [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]], [stage, 8, 4, 2, 2],
             )
         )  # fmt: skip
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Form) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __repr__(self) -> str:
-        return f"Form{self.key}"
 
 
 @gluon.jit

@@ -39,8 +39,7 @@ def unpack_ptx(bits: int, bf16: bool) -> tuple[str, str]:
             low = [ptx.field(inputs[r // 2], start, 3 * (r % 2), 3, meta[r]) for r in range(6)]
             halves.append([*low, ptx.split_field(a, c, start, 6, meta[6]), ptx.split_field(b, c, start, 7, meta[7])])
     pairs = [pair for both in zip(*halves, strict=True) for pair in both]
-    moves = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};" for i, pair in enumerate(pairs)]
-    return ptx.text(moves), ",".join(["=h"] * outputs + ["r"] * len(inputs))
+    return ptx.text(pairs), ",".join(["=h"] * outputs + ["r"] * len(inputs))
 
 
 @functools.cache
@@ -79,8 +78,7 @@ def weights_ptx(bits: int, bf16: bool, quarter: int, parts: int) -> tuple[str, s
             codes += [ptx.split_field(a, c, start, 6, meta[0]), ptx.split_field(b, c, start, 7, meta[1])]
         halves.append([ptx.times(code, *scales[i % rows * parts :][:parts]) for i, code in enumerate(codes)])
     pairs = [pair for both in zip(*halves, strict=True) for pair in both]
-    moves = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};" for i, pair in enumerate(pairs)]
-    return ptx.text(moves), ",".join(["=h"] * outputs + ["r"] * len(inputs))
+    return ptx.text(pairs), ",".join(["=h"] * outputs + ["r"] * len(inputs))
 
 
 def scale_ptx(bf16: bool, scales_bf16: bool) -> tuple[str, str, int]:
@@ -134,8 +132,7 @@ def transposed_ptx(bits: int, upper: bool, bf16: bool, through_fp32: bool) -> tu
             else:
                 value = ptx.times(value, ptx.emit("prmt.b32", meta[r8], 0, "0x3232"))
             pairs.append(ptx.emit("movmatrix.sync.aligned.m8n8.trans.b16", value))
-    moves = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};" for i, pair in enumerate(pairs)]
-    return ptx.text(moves), ",".join(["=h"] * 8 + ["r"] * (len(inputs) - len(scales)) + ["f"] * len(scales))
+    return ptx.text(pairs), ",".join(["=h"] * 8 + ["r"] * (len(inputs) - len(scales)) + ["f"] * len(scales))
 
 
 class _Ptx:
@@ -146,8 +143,9 @@ class _Ptx:
         self.digits = 7 if bf16 else 10  # below the leading one
         self.registers: dict[tuple[str, ...], str] = {}
 
-    def text(self, moves: list[str]) -> str:
-        """The whole; ``moves`` are last, so that no output is written before an input is read."""
+    def text(self, pairs: list[str]) -> str:
+        """The whole; pairs of halves become outputs last, so that none is written before an input is read."""
+        moves = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};" for i, pair in enumerate(pairs)]
         body = [f"{op} {name}, {', '.join(rest)};" for (op, *rest), name in self.registers.items()]
         return "\n".join(["{", f".reg .b32 t<{len(self.registers)}>;", *body, *moves, "}"])
 

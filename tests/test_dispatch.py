@@ -98,7 +98,7 @@ def test_every_transposed_plan_can_be_launched(problem, M, aligned):
     stage = 64 * (2 * plan.block_m + 4 * max(1, 128 // problem.group_columns) + 16 * problem.bits)
     assert plan.stages * (stage + 16) + 256 * plan.block_m + 512 <= SHARED_MEMORY["sm_90"]
     assert plan.stages >= 3
-    tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // 16)
+    tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
     assert 1 <= plan.programs <= problem.multiprocessors
     assert 0 <= plan.streamed <= tiles
     assert plan.streamed == 0 or plan.streamed * units >= plan.programs  # a unit or more for each
@@ -108,6 +108,7 @@ def test_every_transposed_plan_can_be_launched(problem, M, aligned):
 def schedule():
     """Who does what in `kernels/transposed.py`, as Python functions."""
     module = pytest.importorskip("gptq_triton.kernels.transposed")
+    assert module.STAGE.value == 4  # strips of a stage, as plans count them
     with pytest.MonkeyPatch.context() as patch:
         for name in ("share", "pieces", "piece", "others", "place"):
             patch.setattr(module, name, getattr(module, name).fn)
@@ -119,7 +120,7 @@ def test_the_gradients_programs_share_its_tiles(schedule, problem, M):
     problem = replace(problem, M=M, arch="sm_90", half_scales=True, dtype=torch.float16)
     plan = choose_transposed(problem)
     assert isinstance(plan, TransposedPlan)
-    tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // 16)
+    tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
     numbers = plan.programs, plan.streamed
     owners: dict[int, list[tuple[int, int, int]]] = {}
     for p in range(plan.programs):

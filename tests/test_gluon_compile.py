@@ -130,8 +130,9 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_pa
     plan = choose_transposed(problem)
     assert isinstance(plan, TransposedPlan)
     constants = transposed.constants(
-        bits, dtype == torch.bfloat16, scales == torch.bfloat16, group_columns, plan.block_m, plan.stages, plan.group_m
-    )
+        bits, dtype == torch.bfloat16, scales == torch.bfloat16, group_columns,
+        plan.block_m, plan.stages, plan.unit, plan.group_m,
+    )  # fmt: skip
     boxes = transposed.descriptors(constants["F"], dtype, plan.block_m)
     pointers = dict.fromkeys(("dy", "words", "low_words", "meta", "dx"))
     for name, box in zip(pointers, boxes, strict=True):

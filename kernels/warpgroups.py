@@ -1,0 +1,65 @@
+"""What kernels share in which a warp copies and warpgroups multiply: places of tiles, partial sums. Gluon, sm_90."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (Gluon's own types are constexprs here and tensors there)
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import MockTensor
+
+from .common import bits_of, linear
+
+ROWS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # of operands and results, 64 columns of halves
+FLAT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))  # of words
+
+
+def sums_layout(block_m: int) -> gl.DistributedLinearLayout:
+    """Of `by_registers`."""
+    rows = block_m // 2
+    return linear(
+        [[0, 1], [0, 2], *[[4 * b, 0] for b in bits_of(rows // 4)]],
+        [[0, 4 * b] for b in bits_of(32)],
+        [[1, 0], [2, 0]],
+        [rows, 128],
+    )
+
+
+def described(dtype: torch.dtype, box: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    """A descriptor of tensors to compile for, of which ``box`` is copied at a time."""
+    return TensorDescriptor(MockTensor(dtype), box, [box[1], 1], box, layout)
+
+
+@gluon.jit
+def by_registers(acc, L: gl.constexpr):
+    """Sums of a warpgroup [64, BLOCK_M] in the order of its registers, so that lanes move 16 bytes."""
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    v = acc.reshape((4, 2, 8, BLOCK_M // 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((BLOCK_M // 2, 128))
+    return gl.convert_layout(v, L, assert_trivial=True)
+
+
+@gluon.jit
+def from_registers(v, BLOCK_M: gl.constexpr, MMA: gl.constexpr):
+    """The inverse of `by_registers`."""
+    acc = v.reshape((BLOCK_M // 8, 4, 8, 4, 2, 2)).permute((1, 4, 2, 0, 3, 5)).reshape((64, BLOCK_M))
+    return gl.convert_layout(acc, MMA, assert_trivial=True)
+
+
+@gluon.jit
+def offsets(BLOCK_M: gl.constexpr, L: gl.constexpr):
+    """Where `by_registers` has its elements."""
+    offs = gl.expand_dims(gl.arange(0, BLOCK_M // 2, gl.SliceLayout(1, L)), 1) * 128
+    return offs + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, L)), 0)
+
+
+@gluon.jit
+def place(tile, blocks_m, columns, GROUP_M: gl.constexpr):
+    """Where a tile is: block of rows, column of tiles. GROUP_M blocks of rows go through the columns together.
+
+    Plain arithmetic, which Python can follow too.
+    """
+    group = tile // (GROUP_M * columns)
+    rows = min(blocks_m - group * GROUP_M, GROUP_M)
+    within = tile - group * GROUP_M * columns
+    return group * GROUP_M + within % rows, within // rows

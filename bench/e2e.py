@@ -94,14 +94,11 @@ def quantized(model: Any, bits: int) -> Any:
 
 
 def models(layers: int, bits: int, **sizes: Any) -> dict[str, Any]:
-    """Kind to model; merged siblings where the package can merge them."""
+    """Kind to model: fp16, quantized, and quantized with merged siblings."""
     full = llama(layers, **sizes)
-    found = {"fp16": full, f"{bits}-bit": quantized(full, bits)}
-    fuse = getattr(gptq_triton, "fuse", None)
-    if fuse is not None:
-        fused = quantized(full, bits)
-        found[f"{bits}-bit fused"] = fuse(fused) or fused
-    return found
+    fused = quantized(full, bits)
+    gptq_triton.fuse(fused)
+    return {"fp16": full, f"{bits}-bit": quantized(full, bits), f"{bits}-bit fused": fused}
 
 
 def decoder_layers(model: Any) -> list[nn.Linear | QuantLinear]:
@@ -217,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="*", choices=JOBS, default=JOBS, help="lora changes the models: it goes last")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--kinds", nargs="*", default=[], help="of models, as in e2e.json; all without it")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no job after so many seconds")
     parser.add_argument("--renew", action="store_true", help="measure again what another commit measured")
@@ -225,6 +223,8 @@ def main() -> None:
     started = time.perf_counter()
     torch._dynamo.config.recompile_limit = 64  # one compiled forward for each kind and batch
     kinds = models(options.layers, options.bits)
+    if options.kinds:
+        kinds = {kind: kinds[kind] for kind in options.kinds}
     print(f"models in {time.perf_counter() - started:.0f} s", flush=True)
     ledger = Ledger(
         options.out or folder() / "e2e.json",

@@ -16,7 +16,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def decode(model: Any, batch: int) -> Captured:
     step()  # compiles
     reset()
     item = capture([step], STEPS)
-    return Captured(item.graph, STEPS, reset)
+    return replace(item, reset=reset)
 
 
 def prefill(model: Any) -> Captured:

@@ -30,11 +30,15 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, or whatever else has ``replay``; how many calls it holds; what to do, untimed, before each replay."""
+    """A graph, or whatever else has ``replay``; how many calls it holds; what to do, untimed, before each replay.
+
+    ``holds`` is what owns the memory that the graph reads and writes: a graph alone does not keep it.
+    """
 
     graph: Any
     calls: int
     reset: Callable[[], Any] = lambda: None
+    holds: Any = None
 
 
 def copies_of(nbytes: int) -> int:
@@ -60,7 +64,7 @@ def capture(calls: Sequence[Callable[[], Any]], times: int) -> Captured:
     with torch.cuda.graph(graph, stream=stream):
         for i in range(times):
             calls[i % len(calls)]()
-    return Captured(graph, times)
+    return Captured(graph, times, holds=calls)
 
 
 def interleaved(captured: Mapping[str, Captured], preheat: float) -> dict[str, float]:

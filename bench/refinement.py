@@ -32,8 +32,9 @@ from torch import Tensor
 from gptq_triton import QuantizeConfig, quantize_model
 from gptq_triton.demo import load_smollm2, speeches
 from gptq_triton.evaluate import evaluate, even_segments, log_probabilities, random_segments, tokenize
+from gptq_triton.hessian import Hessian
 from gptq_triton.layers import find_layers, weight_of
-from gptq_triton.solver import Hessian, solve
+from gptq_triton.solver import solve
 from gptq_triton.streaming import Observer, decoder_blocks
 
 BLOCKS = (11, 29)

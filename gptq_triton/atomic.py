@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,13 @@ def check_target(folder: str | Path) -> Path:
     mend(folder)
     if Path.cwd().is_relative_to(folder):
         raise ValueError(f"folder {folder} is the working directory, which cannot be replaced; name another")
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
+    try:
+        contents = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:  # another process may take it away at any moment
+        contents = set()
+    except NotADirectoryError:
+        contents = {"a file"}
+    if contents and "config.json" not in contents:
         raise ValueError(f"folder {folder} exists and is not a model folder; it is left alone")
     return folder
 
@@ -162,12 +168,13 @@ def _work_folders(folder: Path) -> list[Path]:
 def _remove_stale(folder: Path) -> None:
     """Remove what killed saves left beside the target; a living one holds a lock on its folder."""
     for beside in _work_folders(folder):
-        contents = {path.name for path in beside.iterdir()} if beside.is_dir() else {"a file"}
-        if not contents <= {"new", "old"} or time.time() - beside.stat().st_mtime < STALE_AFTER:
-            continue
-        with _locked(beside) as mine:
-            if mine:
-                shutil.rmtree(beside, ignore_errors=True)
+        with suppress(FileNotFoundError, NotADirectoryError):  # its process may remove it at any moment
+            contents = {path.name for path in beside.iterdir()}
+            if not contents <= {"new", "old"} or time.time() - beside.stat().st_mtime < STALE_AFTER:
+                continue
+            with _locked(beside) as mine:
+                if mine:
+                    shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from .atomic import mend
+from .options import check_refinement
 from .packing import zero_offset
-from .refinement import check_refinement
 from .solver import SolverOptions
 from .spec import QuantSpec
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from . import reference
 from .adapter import LowRank, read_adapter
 from .filling import places
+from .hessian import Hessian
 from .layers import weight_of
 from .linear import QuantLinear
 from .packing import PackedWeight, pack, trivial_g_idx, unpack, unpack_zeros
-from .solver import Hessian, SolverOptions, requantize
+from .solver import SolverOptions, requantize
 from .streaming import Batch, Observer, as_batches, capture, decoder_blocks, default_device, runner
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from .config import QuantizeConfig
 from .embedding import empty_embedding, untie
 from .experts import Experts, routers, skeleton, unfuse
+from .hessian import Hessian
 from .journal import Journal
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
-from .solver import Hessian, Solution, solve
+from .solver import Solution, solve
 from .streaming import (
     FullPrecision,
     Observer,
@@ -297,7 +298,10 @@ def _solve_block(
         observer = Observer({name: layers[name] for name in stage})
         observer.watch(run, masks, full)
         for names in observer.groups({name: repr(targets[name].config) for name in stage}):
-            own, started = targets[names[0]].config, time.perf_counter()
+            own = targets[names[0]].config
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the inputs are still being counted
+            started = time.perf_counter()
             bar.set_postfix_str(names[0].split(".", 2)[-1])
             hessian = observer.hessian(names[0])
             options = own.solver_options()

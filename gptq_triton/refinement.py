@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .hessian import Factor
 from .packing import storable
 from .quantizer import group_params, quantize
 from .spec import QuantSpec
@@ -59,31 +60,11 @@ class Rounded:
         return self.scales.to(dtype)[self.g_idx].mul_(self.codes - self.zeros.to(dtype)[self.g_idx])
 
 
-def check_refinement(mse: bool, clip: bool, refine: int, feedback: float) -> None:
-    """Refuse options that contradict each other.
-
-    Raises:
-        ValueError: mse and clip together, a negative number of rounds, or feedback outside [0, 1].
-        TypeError: refine is not an integer, or feedback not a number.
-    """
-    if mse and clip:
-        raise ValueError("mse and clip are two ways to choose a group's range: set one of them")
-    if not isinstance(refine, int) or isinstance(refine, bool):
-        raise TypeError(f"refine must be a number of rounds, got {refine!r}")
-    if refine < 0:
-        raise ValueError(f"refine must be at least 0, got {refine}")
-    if not isinstance(feedback, (int, float)) or isinstance(feedback, bool):
-        raise TypeError(f"feedback must be a number, got {feedback!r}")
-    if not 0 <= feedback <= 1:
-        raise ValueError(f"feedback must lie in [0, 1], got {feedback}")
-
-
 class Descent:
     """A pass over the codes in a fixed order, each becoming the best one under H while all others are held.
 
-    It is GPTQ's walk with another factor and another start. With H = L + U, L its lower triangle and D its diagonal,
-    in the order of the pass, an error ``start - q`` spreads by ``(L^-1 D)^T`` as it does by the factor of H^-1 in GPTQ,
-    from ``start = w + L^-1 U (w - q_before)``: a step of Gauss and Seidel, rounded as it goes.
+    It is GPTQ's walk with another factor and another start: a column's best value is its weight plus
+    ``sum_i H_ij d_i / H_jj``, with ``d = w - q`` of all other columns, as they are now before it and were after it.
 
     Args:
         H: (K, K), float64, with a positive diagonal.
@@ -91,16 +72,14 @@ class Descent:
     """
 
     def __init__(self, H: Tensor, order: Tensor):
-        H = H[order][:, order]
-        self.order, self.upper = order, H.triu(1)
-        self.inverse = torch.linalg.solve_triangular(H, torch.eye(len(H)).to(H), upper=False)
-        self.factor = self.inverse.t().mul(H.diagonal()[:, None]).float()  # upper, with ones on the diagonal
+        H, self.order = H[order][:, order], order
+        diagonal = H.diagonal().clone()
+        self.later = H.triu(1) / diagonal[:, None]
+        self.factor = Factor((H.triu() / diagonal).float(), diagonal.float())
 
-    def start(self, columns: Tensor, rounded: Rounded) -> Tensor:
-        """Where the walk starts, float32 (K, N), not permuted."""
-        error = columns.double() - rounded.dequantize(torch.float64)
-        pull = self.inverse @ (self.upper @ error[self.order])
-        return columns.double().index_add_(0, self.order, pull).float()
+    def moved(self, columns: Tensor, rounded: Rounded) -> Tensor:
+        """What the columns that come later move onto each, float32 (K, N), in the order of the pass."""
+        return (self.later @ (columns.double() - rounded.dequantize(torch.float64))[self.order]).float()
 
 
 def refine(
@@ -109,8 +88,8 @@ def refine(
     rounded: Rounded,
     spec: QuantSpec,
     order: Tensor,
-    factor: Tensor,
-    walk: Callable[[Tensor, Tensor, Rounded], Rounded],
+    factor: Factor,
+    walk: Callable[[Factor, Rounded, Tensor | None], Rounded],
     rounds: int,
 ) -> Rounded:
     """Rounds of better scales and better codes; no output's loss ever rises.
@@ -125,18 +104,19 @@ def refine(
         spec: The format.
         order: The order of walks, int64 (K,).
         factor: GPTQ's, in that order.
-        walk: Rounds columns (K, N) in that order with a factor, on a grid that is given: it changes codes alone.
+        walk: Rounds the columns in that order with a factor, on a grid that is given, from what is moved onto each:
+            it changes codes alone.
         rounds: How often.
     """
     descent = Descent(H, order)
 
     def descend(rounded: Rounded) -> Rounded:
-        return walk(descent.start(columns, rounded), descent.factor, rounded)
+        return walk(descent.factor, rounded, descent.moved(columns, rounded))
 
     for _ in range(rounds):
         rounded = refit_scales(columns, H, rounded, spec)
         best = losses(columns, H, rounded)
-        for tried in (descend(rounded), descend(walk(columns, factor, rounded))):
+        for tried in (descend(rounded), descend(walk(factor, rounded, None))):
             loss = losses(columns, H, tried)
             rounded, best = tried.where(loss < best, rounded), torch.minimum(loss, best)
     return rounded

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .experts import Experts, ignoring
+from .hessian import Hessian
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
-from .solver import Hessian
 
 # input_ids (B, S) int64, and attention_mask (B, S) where tokens are padded; or what a model without tokens takes
 Batch = dict[str, Tensor]
+
+BATCH_TOKENS = 8192
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,7 +48,7 @@ def default_device(model: nn.Module) -> torch.device:
 
 
 def as_batches(calibration: Iterable[Any]) -> list[Batch]:
-    """Calibration data as a list of batches.
+    """Calibration data as a list of batches; neighbours of one length are joined, up to BATCH_TOKENS.
 
     Raises:
         ValueError: There is none, or an item is not token ids.
@@ -66,7 +68,23 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
         batches.append(batch)
     if not batches:
         raise ValueError("calibration must hold at least one batch of token ids")
-    return batches
+    return _joined(batches)
+
+
+def _joined(batches: list[Batch]) -> list[Batch]:
+    """Fewer and larger batches of the same sequences: a block's products are then large enough for a GPU."""
+    joined: list[list[Batch]] = []
+    kind, tokens = [], 0
+    for batch in batches:
+        size = batch["input_ids"].numel() if "input_ids" in batch else BATCH_TOKENS
+        before, kind = kind, [(name, tensor.shape[1:], tensor.device) for name, tensor in batch.items()]
+        if kind == before and tokens + size <= BATCH_TOKENS:
+            joined[-1].append(batch)
+            tokens += size
+        else:
+            joined.append([batch])
+            tokens = size
+    return [{name: torch.cat([batch[name] for batch in part]) for name in part[0]} for part in joined]
 
 
 class _Stop(Exception):  # noqa: N818 - not an error
@@ -238,16 +256,33 @@ class Observer:
         self._inputs: dict[int, tuple[Tensor, str]] = {}  # of the forward pass under way
 
     def watch(self, run: Callable[..., Tensor], masks: list[Tensor | None], full: FullPrecision | None = None) -> None:
-        """Run every batch and count what the layers are given, beside what full precision gives them."""
+        """Run every batch and count what the layers are given, beside what full precision gives them.
+
+        Where the first batch came to every layer once, later ones stop at the layer that was last.
+        """
+        last = None
         for batch, mask in enumerate(masks):
             wanted = {} if full is None else full.inputs(batch)
+            seen: list[str] = []
 
-            def see(name: str, x: Tensor, mask: Tensor | None = mask, wanted: dict[str, Tensor] = wanted) -> None:
+            def see(
+                name: str,
+                x: Tensor,
+                mask: Tensor | None = mask,
+                wanted: dict[str, Tensor] = wanted,
+                seen: list[str] = seen,
+                last: str | None = last,
+            ) -> None:
                 self._see(name, x, mask, wanted.get(name))
+                seen.append(name)
+                if name == last:
+                    raise _Stop
 
-            with _watching(self.layers, see):
+            with _watching(self.layers, see), suppress(_Stop):
                 run(batch, mask)
             self._inputs.clear()
+            if batch == 0 and seen and sorted(seen) == sorted(self.layers):
+                last = seen[-1]
 
     def hessian(self, name: str) -> Hessian:
         """What a layer was given; empty if it never ran."""

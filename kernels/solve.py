@@ -1,12 +1,14 @@
 """One block of columns of GPTQ, rounded one after another, each error moved onto the columns of the block that follow.
 
-    q[j] = scale * (code[j] - zero)    e[j] = (w[j] - q[j]) / U[j, j]    w[i] -= U[j, i] e[j] for i > j in the block
+    q[j] = scale * (code[j] - zero)        w[i] -= F[j, i] (w[j] - q[j]) for i > j in the block
 
-`gptq_triton.solver` runs it where a weight is on a GPU and ``SolverOptions.fused`` asks for it; columns after the block
-are its caller's, by one product with the errors. Rows of a weight do not interact, so a program keeps some of them.
+`gptq_triton.walk` runs it where a weight is on a GPU, unless ``SolverOptions.fused`` is off; columns after the block
+are its caller's. Rows of a weight do not interact, so a program keeps some of them. Every operation is rounded as the
+eager loop rounds it: codes are the same, bit for bit.
 Source: Frantar et al., "GPTQ" (2022), algorithm 1, its inner loop.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,21 +40,19 @@ def _grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first", "count", "maxq"])
 def solve_kernel(
-    columns_ptr,
-    factor_ptr,
+    tile_ptr,
+    spread_ptr,
     groups_ptr,
     runs_ptr,
     positions_ptr,
     scales_ptr,
     zeros_ptr,
     codes_ptr,
-    errors_ptr,
-    loss_ptr,
     first,
     count,
     maxq,
     N,
-    stride_factor,
+    stride_spread,
     FIND: tl.constexpr,
     SYM: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -60,8 +60,9 @@ def solve_kernel(
 ):
     """BLOCK_N rows of the weight a program, and every column of the block.
 
-    A column costs about four instructions for each value of the tile: a comparison, a select and a sum pick it out of
-    the registers, one FMA updates what follows. Unrolling would save the first three for 128 copies of the loop.
+    A column costs about five instructions for each value of the tile: a comparison, a select and a sum pick it out of
+    the registers, a product and a difference update what follows. Unrolling would save the first three for 128 copies
+    of the loop.
     """
     # Which rows are mine
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -70,24 +71,20 @@ def solve_kernel(
     mask_k = offs_k < count
 
     # Load the block, and what the first step needs
-    columns_ptrs = columns_ptr + (first + offs_k).to(tl.int64)[:, None] * N + offs_n[None, :]
-    tile = tl.load(columns_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+    tile_ptrs = tile_ptr + offs_k.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tile = tl.load(tile_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
     group = tl.load(groups_ptr + first).to(tl.int64)  # it may have started in the block before
     scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=1.0).to(tl.float32)
     zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
-    row_ptr = factor_ptr + first.to(tl.int64) * (stride_factor + 1)
+    row_ptr = spread_ptr
     row = tl.load(row_ptr + offs_k, mask=mask_k & (offs_k > 0), other=0.0)
-    diagonal = tl.load(row_ptr)
-    errors_ptrs = errors_ptr + offs_n
-    loss = tl.load(loss_ptr + offs_n, mask=mask_n, other=0.0)
+    values_ptrs = tile_ptr + offs_n
 
     # Walk the columns
     for j in range(count):
-        # a row of the factor ahead: its way from memory hides behind this column
-        more = j + 1 < count
-        row_ptr += stride_factor
-        next_row = tl.load(row_ptr + offs_k, mask=mask_k & (offs_k > j + 1) & more, other=0.0)
-        next_diagonal = tl.load(row_ptr + j + 1, mask=more, other=1.0)
+        # a row of the inverse ahead: its way from memory hides behind this column
+        row_ptr += stride_spread
+        next_row = tl.load(row_ptr + offs_k, mask=mask_k & (offs_k > j + 1) & (j + 1 < count), other=0.0)
         group = tl.load(groups_ptr + first + j).to(tl.int64)
         position = tl.load(positions_ptr + first + j).to(tl.int64)
         if FIND:
@@ -107,43 +104,38 @@ def solve_kernel(
         column = tl.sum(tl.where((offs_k == j)[:, None], tile, 0.0), axis=0)
         steps = tl.minimum(tl.maximum(tl.div_rn(column, scale), -1024.0), 1024.0)  # beyond any code: same code
         code = tl.minimum(tl.maximum(_round(steps) + zero, 0.0), maxq.to(tl.float32))
-        error = tl.div_rn(column - (code - zero) * scale, tl.zeros_like(column) + diagonal)
-        loss += error * error
-        tile -= row[:, None] * error[None, :]
+        value = (code - zero) * scale
+        miss = column - value
+        tile -= row[:, None] * miss[None, :]
         tl.store(codes_ptr + position * N + offs_n, code.to(tl.uint8), mask=mask_n)
-        tl.store(errors_ptrs, error, mask=mask_n)
-        errors_ptrs += N
+        tl.store(values_ptrs, value, mask=mask_n)
+        values_ptrs += N
         row = next_row
-        diagonal = next_diagonal
-
-    # Store what is left: codes and errors already are
-    tl.store(loss_ptr + offs_n, loss, mask=mask_n)
 
 
 def solve(
-    columns: Tensor,
-    factor: Tensor,
+    tile: Tensor,
+    spread: Tensor,
     groups: Tensor,
     runs: Tensor | None,
     positions: Tensor,
     scales: Tensor,
     zeros: Tensor,
     codes: Tensor,
-    errors: Tensor,
-    loss: Tensor,
     *,
     first: int,
-    count: int,
     maxq: int,
     sym: bool,
     block_n: int = 16,
     num_warps: int = 1,
 ) -> None:
-    """Launch on the current device and stream; all matrices but factor are contiguous.
+    """Launch on the current stream of the tile's device; all matrices but spread are contiguous.
 
     Args:
-        columns: float32 (K, N), in processing order; errors of columns before the block are already moved onto it.
-        factor: float32 (K, K), upper, unit stride along its rows; what is below the diagonal is not read.
+        tile: float32 (count, N), 1 to BLOCK_K columns of the block in processing order, errors of those before it
+            already moved onto them; overwritten by what their codes stand for.
+        spread: float32 (count, count), upper, unit stride along its rows, with ones on the diagonal; neither these
+            nor what lies below is read.
         groups: int32 (K,), each column's group.
         runs: int32 (K,), where a group starts that is found here: its columns, all in this block; elsewhere 0.
             None: every group is given.
@@ -151,53 +143,48 @@ def solve(
         scales: (G, N), floating; found groups are overwritten. A scale beyond its dtype is stored as infinity.
         zeros: float32 (G, N); found groups are overwritten.
         codes: uint8 (K, N), overwritten at positions.
-        errors: float32 (count or more, N), overwritten.
-        loss: float32 (N,), the sum of squared errors is added.
         first: First column of the block.
-        count: Columns of the block, 1 to BLOCK_K.
         maxq: Largest code.
         sym: Whether zero points that are found are (maxq + 1) / 2.
         block_n: Rows of the weight a program, a power of two.
         num_warps: Warps per program.
     """
-    N = columns.shape[1]
-    solve_kernel[(triton.cdiv(N, block_n),)](
-        columns_ptr=columns,
-        factor_ptr=factor,
-        groups_ptr=groups,
-        runs_ptr=runs,
-        positions_ptr=positions,
-        scales_ptr=scales,
-        zeros_ptr=zeros,
-        codes_ptr=codes,
-        errors_ptr=errors,
-        loss_ptr=loss,
-        first=first,
-        count=count,
-        maxq=maxq,
-        N=N,
-        stride_factor=factor.stride(0),
-        FIND=runs is not None,
-        SYM=sym,
-        BLOCK_K=BLOCK_K,
-        BLOCK_N=block_n,
-        num_warps=num_warps,  # pyright: ignore[reportCallIssue] an option of the launch
-    )
+    count, N = tile.shape
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}  # of the launch
+    with torch.cuda.device_of(tile):
+        solve_kernel[(triton.cdiv(N, block_n),)](
+            tile_ptr=tile,
+            spread_ptr=spread,
+            groups_ptr=groups,
+            runs_ptr=runs,
+            positions_ptr=positions,
+            scales_ptr=scales,
+            zeros_ptr=zeros,
+            codes_ptr=codes,
+            first=first,
+            count=count,
+            maxq=maxq,
+            N=N,
+            stride_spread=spread.stride(0),
+            FIND=runs is not None,
+            SYM=sym,
+            BLOCK_K=BLOCK_K,
+            BLOCK_N=block_n,
+            **options,  # pyright: ignore[reportArgumentType]
+        )
 
 
 BLOCK_K = 128  # columns of the longest block
 
 _POINTERS = {
-    "columns_ptr": "fp32",
-    "factor_ptr": "fp32",
+    "tile_ptr": "fp32",
+    "spread_ptr": "fp32",
     "groups_ptr": "i32",
     "runs_ptr": "i32",
     "positions_ptr": "i32",
     "scales_ptr": "x",
     "zeros_ptr": "fp32",
     "codes_ptr": "u8",
-    "errors_ptr": "fp32",
-    "loss_ptr": "fp32",
 }
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of scales) and constants
 VARIANTS = tuple(

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptq_triton import bounds, dispatch, layout, ops, product, reference, tables
+from gptq_triton.hessian import Hessian
 from gptq_triton.layout import tile_weight
 from gptq_triton.linear import QuantLinear
 from gptq_triton.packing import PackedWeight
-from gptq_triton.solver import Hessian, SolverOptions, solve
+from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import BITS, QuantSpec
 from tests.strategies import (
     assert_close,
@@ -530,7 +531,6 @@ def test_the_fused_solver_is_the_eager_solver(bits, desc_act, group_size, change
         solve({"layer": weight}, hessian, spec, SolverOptions(scale_dtype=scale_dtype, fused=fused, **changes))["layer"]
         for fused in (False, True)
     )
-    assert sum(options["count"] for options in launched) == K  # by the fused solve alone
-    # a sum that rounds otherwise may turn a code at a tie, and then its row goes another way of the same quality
-    assert (eager.dequantized == fused.dequantized).float().mean() > 0.99
-    assert fused.error == pytest.approx(eager.error, rel=0.02)
+    assert len(launched) >= K / 128  # by the fused solve alone
+    assert torch.equal(eager.dequantized, fused.dequantized)
+    assert fused.error == eager.error

@@ -11,10 +11,11 @@ from torch import nn
 
 from gptq_triton import QuantizeConfig, QuantLinear, estimate, load_quantized, quantize_model, save_quantized
 from gptq_triton import streaming as streaming_module
+from gptq_triton.hessian import Hessian
 from gptq_triton.layers import find_layers
 from gptq_triton.packing import unpack
 from gptq_triton.reference import dequantize
-from gptq_triton.solver import Hessian, solve
+from gptq_triton.solver import solve
 from gptq_triton.streaming import as_batches, decoder_blocks
 from tests.tiny import ARCHITECTURES, batches, dies_in_the_second_block, tiny
 

@@ -8,13 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_triton import solver
+from gptq_triton import walk as walking
 from gptq_triton.config import QuantizeConfig
+from gptq_triton.hessian import Factor, Hessian
 from gptq_triton.packing import storable, trivial_g_idx, unpack, unpack_zeros
 from gptq_triton.quantizer import encode, group_params, quantize
 from gptq_triton.reference import dequantize
 from gptq_triton.refinement import Descent, Rounded, clipped_params, losses, refine, refit_scales
-from gptq_triton.solver import Hessian, SolverOptions, solve
+from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import QuantSpec
+from gptq_triton.walk import walk
 
 problems = st.fixed_dictionaries(
     {
@@ -51,15 +54,15 @@ def given_grid(K=40, bits=3, group=16, sym=False, scattered=False, dtype=torch.f
     return columns, H, Rounded(codes, scales, zeros, g_idx), spec, order
 
 
-def walks(spec, order):
+def walks(columns, spec, order):
     """The solver's walk in an order, on a given grid."""
     options = SolverOptions(static_groups=True)
-    return lambda start, factor, grid: solver._walk(start[order], factor, order, grid.g_idx, grid, spec, options)
+    return lambda factor, grid, moved: walk(columns[order], factor, order, grid, spec, options, moved)
 
 
 def descend(columns, H, rounded, spec, order):
     descent = Descent(H, order)
-    return walks(spec, order)(descent.start(columns, rounded), descent.factor, rounded)
+    return walks(columns, spec, order)(descent.factor, rounded, descent.moved(columns, rounded))
 
 
 def assert_no_worse(columns, H, after, before, rounding=1e-11):
@@ -139,15 +142,16 @@ def test_descent_is_what_trying_every_code_of_every_column_gives():
 @given(problem=problems, rounds=st.integers(1, 3))
 def test_rounds_raise_no_output_s_loss_whatever_the_walk_gives(problem, rounds):
     columns, H, rounded, spec, order = given_grid(**problem)
-    worst, real, factor = torch.zeros_like(rounded.codes), walks(spec, order), torch.eye(len(columns))
+    worst, real = torch.zeros_like(rounded.codes), walks(columns, spec, order)
+    factor = Factor(torch.eye(len(columns)), torch.ones(len(columns)))
 
-    def walk(start, how, grid):
-        return Rounded(worst, grid.scales, grid.zeros, grid.g_idx) if how is factor else real(start, how, grid)
+    def walk(how, grid, moved):
+        return Rounded(worst, grid.scales, grid.zeros, grid.g_idx) if how is factor else real(how, grid, moved)
 
     refined = refine(columns, H, rounded, spec, order, factor, walk, rounds)
     assert_no_worse(columns, H, refined, rounded)
     fitted = refit_scales(columns, H, rounded, spec)
-    tried = (fitted, *(descend(columns, H, r, spec, order) for r in (fitted, walk(columns, factor, fitted))))
+    tried = (fitted, *(descend(columns, H, r, spec, order) for r in (fitted, walk(factor, fitted, None))))
     least = torch.stack([losses(columns, H, r) for r in tried]).amin(0)
     once = refine(columns, H, rounded, spec, order, factor, walk, 1)
     assert torch.equal(losses(columns, H, once), least)  # each output has the best one
@@ -206,8 +210,8 @@ def test_solving_with_refinement_is_no_worse_for_any_output_and_repeats_itself(
 
 def test_without_switches_nothing_changes(monkeypatch):
     weight, hessian = problem()
-    for name in ("refine", "clipped_params"):
-        monkeypatch.setattr(solver, name, None)
+    monkeypatch.setattr(solver, "refine", None)
+    monkeypatch.setattr(walking, "clipped_params", None)
     solution = solve({"layer": weight}, hessian, QuantSpec(3, 32, False), SolverOptions())["layer"]
     assert solution.method == "gptq"
 
@@ -215,8 +219,8 @@ def test_without_switches_nothing_changes(monkeypatch):
 def test_a_second_factorisation_that_fails_keeps_what_was_found(monkeypatch):
     weight, hessian = problem()
     plain = solve({"layer": weight}, hessian, QuantSpec(3, 32, False), SolverOptions())["layer"]
-    answers = iter([solver._inverse_factor, lambda H, damp: (None, 1.0)])
-    monkeypatch.setattr(solver, "_inverse_factor", lambda H, damp: next(answers)(H, damp))
+    answers = iter([solver.factorize, lambda *_: (None, 1.0)])
+    monkeypatch.setattr(solver, "factorize", lambda *arguments: next(answers)(*arguments))
     kept = solve({"layer": weight}, hessian, QuantSpec(3, 32, False), SolverOptions(refine=1))["layer"]
     assert torch.equal(kept.weight.qweight, plain.weight.qweight)
     assert next(answers, None) is None  # it was asked for
@@ -260,15 +264,15 @@ def test_clipping_spares_the_inputs_that_matter():
 
 def test_the_walk_weighs_errors_by_its_own_factor(monkeypatch):
     weight, hessian = problem()
-    costs, original = [], solver.clipped_params
+    costs, original = [], walking.clipped_params
     spy = lambda rows, cost, *rest: (costs.append(cost), original(rows, cost, *rest))[1]  # noqa: E731
-    monkeypatch.setattr(solver, "clipped_params", spy)
+    monkeypatch.setattr(walking, "clipped_params", spy)
     spec = QuantSpec(3, 40, False)
     solve({"layer": weight}, hessian, spec, SolverOptions(clip=True))
     order, _ = solver._order(hessian.sum.diagonal(), spec, SolverOptions())
-    factor, _ = solver._inverse_factor(hessian.sum[order][:, order], 0.01)
+    factor, _ = solver.factorize(hessian.sum, order, 0.01)
     assert torch.equal(torch.cat(costs[:3]), hessian.sum.diagonal())  # round-to-nearest, for comparison
-    assert torch.equal(torch.cat(costs[3:]), factor.diagonal() ** -2)
+    assert torch.equal(torch.cat(costs[3:]), factor.cost)
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -1,0 +1,183 @@
+"""Time to quantize: one layer against the eager solver, Hessians, and a Llama-3.1-8B-shaped model from disk to disk.
+
+    python bench/quantize.py
+    python bench/quantize.py --parts solver hessian
+    python bench/quantize.py --parts model --layers 8 --folder /tmp/model
+
+The model has random weights, which are saved first, untimed; calibration is random tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ledger import Ledger
+from record import folder, provenance
+
+from gptq_triton import QuantizeConfig, quantize_model, save_quantized
+from gptq_triton.hessian import Hessian
+from gptq_triton.packing import unpack
+from gptq_triton.solver import SolverOptions, solve
+from gptq_triton.spec import QuantSpec
+
+PARTS = ("hessian", "solver", "model")
+SHAPES = ((4096, 4096), (4096, 14336))  # N, K
+SEGMENTS, LENGTH = 128, 2048
+METHOD = (
+    "solver: solve() with factorisation, energies and packing, 4 bits, groups of 128, zero points, eager and fused in "
+    "turns, medians of 3; loss: tr(E H E^T) in float64, fused over eager. hessian: 16384 tokens of float16, and how "
+    f"far off float64 in norm. model: random float16 weights, {SEGMENTS} x {LENGTH} tokens, 4 bits, groups of 128; "
+    "seconds from the model on disk to the checkpoint on disk"
+)
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Seconds of one call, the GPU's work included, and what it returned."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = call(*arguments)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def inputs(K: int, tokens: int) -> torch.Tensor:
+    """Correlated and of uneven energy, float16 (tokens, K)."""
+    spread = torch.logspace(0, -1.5, K, device="cuda")[torch.randperm(K, device="cuda")]
+    common = torch.randn(tokens, K // 16, device="cuda") @ torch.randn(K // 16, K, device="cuda") / (K // 16) ** 0.5
+    return ((torch.randn(tokens, K, device="cuda") + common) * spread).half()
+
+
+def measure_hessian(K: int) -> dict[str, Any]:
+    """float16 as it comes against the same in float32."""
+    x = inputs(K, 16384)
+    exact = torch.zeros(K, K, dtype=torch.float64, device="cuda")
+    for rows in x.split(4096):
+        exact.addmm_(rows.t().double(), rows.double())
+    row: dict[str, Any] = {"part": "hessian", "K": K}
+    for name, rows in (("half", x), ("float32", x.float())):
+        hessian = Hessian(K, "cuda")
+        hessian.add(rows)
+        row[f"{name}_rel_err"] = float(f"{(hessian.sum - exact).norm() / exact.norm():.3g}")
+        row[f"{name}_ms"] = round(statistics.median(timed(hessian.add, rows)[0] for _ in range(5)) * 1e3, 3)
+    return row
+
+
+def measure_solver(N: int, K: int, desc_act: bool) -> dict[str, Any]:
+    """One layer, eager and fused."""
+    hessian = Hessian(K, "cuda")
+    hessian.add(inputs(K, 2 * K))
+    weights = {"layer": (torch.randn(N, K, device="cuda") * 0.02).half()}
+    spec = QuantSpec(4, 128, False, desc_act)
+    options = {"eager": SolverOptions(fused=False), "fused": SolverOptions()}
+    times: dict[str, list[float]] = {name: [] for name in options}
+    found = {}
+    for turn in range(4):
+        for name, how in options.items():
+            taken, solved = timed(solve, weights, hessian, spec, how)
+            found[name] = solved["layer"]
+            if turn:  # the first compiles and warms up
+                times[name].append(taken)
+    ms = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    codes = [unpack(found[name].weight.qweight, 4, K) for name in options]
+    H = hessian.sum.double()
+    losses = []
+    for name in options:
+        error = weights["layer"].double() - found[name].dequantized.double()
+        losses.append(float(((error @ H) * error).sum()))
+    return {
+        "part": "solver",
+        "N": N,
+        "K": K,
+        "act_order": desc_act,
+        "eager_ms": round(ms["eager"], 2),
+        "fused_ms": round(ms["fused"], 2),
+        "speedup": round(ms["eager"] / ms["fused"], 1),
+        "equal_codes": round(float((codes[0] == codes[1]).float().mean()), 6),
+        "loss_ratio": round(losses[1] / losses[0], 7),
+        "error": found["fused"].error,
+    }
+
+
+def measure_model(source: Path, desc_act: bool) -> dict[str, Any]:
+    """From disk to disk."""
+    from transformers import AutoModelForCausalLM
+
+    calibration = torch.randint(0, 128256, (SEGMENTS, LENGTH), generator=torch.Generator().manual_seed(0))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    laps: dict[str, float] = {}
+    began = last = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal last
+        torch.cuda.synchronize()
+        laps[name], last = round(time.perf_counter() - last, 2), time.perf_counter()
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
+    lap("load_s")
+    config = QuantizeConfig(bits=4, group_size=128, sym=False, desc_act=desc_act)
+    reports = quantize_model(model, list(calibration), config, device="cuda", progress=False)
+    lap("quantize_s")
+    with tempfile.TemporaryDirectory(dir=source.parent) as out:
+        save_quantized(model, out)
+        lap("save_s")
+        taken = time.perf_counter() - began
+        size = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
+    return {
+        "part": "model",
+        "layers": model.config.num_hidden_layers,
+        "act_order": desc_act,
+        "seconds": round(taken, 2),
+        **laps,
+        "solve_s": round(sum(report.seconds for report in reports), 2),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "checkpoint_gb": round(size / 1e9, 3),
+        "rounded_to_nearest": sum(report.method == "rtn" for report in reports),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--folder", type=Path, help="where the model is kept; default: a temporary one")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    identity = ("part", "N", "K", "layers", "act_order")
+    ledger = Ledger(options.out or folder() / "quantize.json", provenance(METHOD), renew=True, identity=identity)
+
+    def add(row: dict[str, Any]) -> None:
+        print(row, flush=True)
+        ledger.add([row])
+
+    with torch.no_grad():
+        if "hessian" in options.parts:
+            for K in (4096, 14336):
+                add(measure_hessian(K))
+        if "solver" in options.parts:
+            for N, K in SHAPES:
+                for desc_act in (False, True):
+                    add(measure_solver(N, K, desc_act))
+        if "model" in options.parts:
+            source = options.folder or Path(tempfile.mkdtemp()) / "model"
+            if not source.exists():
+                from e2e import llama
+
+                llama(options.layers).save_pretrained(source)
+                torch.cuda.empty_cache()
+            for desc_act in (False, True):
+                add(measure_model(source, desc_act))
+            if options.folder is None:
+                shutil.rmtree(source.parent)
+
+
+if __name__ == "__main__":
+    main()

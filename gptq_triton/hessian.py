@@ -1,0 +1,112 @@
+"""What GPTQ knows of a layer's inputs: their second moments, and the factor of them by which errors are moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 4096  # tokens of one product on tensor cores, whose sums are kept less exactly than float32
+
+
+class Hessian:
+    """``sum x^T x`` over the tokens a layer saw, in float32.
+
+    Args:
+        K: In-features.
+        device: Where to accumulate.
+    """
+
+    def __init__(self, K: int, device: torch.device | str | None = None):
+        self.sum = torch.zeros(K, K, dtype=torch.float32, device=device)
+        self.drift: Tensor | None = None  # sum x^T (x_full - x)
+        self.tokens = 0
+
+    def add(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Count the rows of x, (..., K), floating. float16 and bfloat16 products are exact here.
+
+        Args:
+            x: What the layer is given.
+            full: What it is given in the full-precision model, like x.
+        """
+        rows = x.reshape(-1, self.sum.shape[0])
+        self.tokens += rows.shape[0]
+        _add_product(self.sum, rows, rows)
+        if full is not None:
+            if self.drift is None:
+                self.drift = torch.zeros_like(self.sum)
+            rows = rows.to(self.sum)
+            self.drift.addmm_(rows.t(), full.reshape(rows.shape).to(rows) - rows)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a^T b``, float32 += floating."""
+    half = a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16)
+    if not (half and total.is_cuda and a.device == total.device and torch.version.hip is None):
+        total.addmm_(a.t().to(total), b.to(total))
+        return
+    for rows, others in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
+        torch.addmm(total, rows.t(), others, out_dtype=torch.float32, out=total)
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """``H = unit @ diag(cost) @ unit.T`` of a damped Hessian, in the order in which columns are rounded.
+
+    In the terms of the paper, whose U is the upper Cholesky factor of H^-1: ``unit`` is U^-1 with its columns divided
+    by its diagonal, and ``cost`` is 1 / U_jj^2, what the square of an error costs once the columns that follow have
+    made up for it. H^-1 itself is never needed.
+
+    Attributes:
+        unit: Upper, with ones on the diagonal, float32 (K, K).
+        cost: > 0, float32 (K,).
+    """
+
+    unit: Tensor
+    cost: Tensor
+
+    def divide(self, columns: Tensor) -> Tensor:
+        """``H^-1 columns``, for float32 (K, N)."""
+        inner = torch.linalg.solve_triangular(self.unit, columns, upper=True, unitriangular=True)
+        inner /= self.cost[:, None]
+        return torch.linalg.solve_triangular(self.unit.t(), inner, upper=False, unitriangular=True)
+
+
+def factorize(H: Tensor, order: Tensor, damp: float, dtype: torch.dtype = torch.float64) -> tuple[Factor | None, float]:
+    """The factor of ``H + damping``, and the damping it took; None if none up to 1 helps.
+
+    One Cholesky of the matrix with rows and columns reversed, which gives H = R R^T with R upper.
+
+    Args:
+        H: (K, K), symmetric, float32.
+        order: Of the factor's rows and columns, int64 (K,).
+        damp: The least damping, as a fraction of the mean of H's diagonal; raised tenfold as often as needed.
+        dtype: Of the arithmetic.
+    """
+    mean = H.diagonal().double().mean()
+    backwards = order.flip(0)
+    while True:
+        damped = H[backwards][:, backwards].to(dtype)
+        damped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            diagonal = lower.diagonal().clone()
+            unit = lower.div_(diagonal).float().flip(0, 1)
+            return Factor(unit, diagonal.flip(0).square().float()), damp
+        if damp >= 1:
+            return None, damp
+        damp = min(10 * damp, 1.0)
+
+
+def energy(columns: Tensor, H: Tensor) -> float:
+    """``tr(E^T H E)`` for E float32 (K, N); on NVIDIA GPUs, E is rounded to bfloat16.
+
+    There the products are those of ``E E^T``, whose many terms average the roundings out: some 1e-5 of the result.
+    """
+    if not columns.is_cuda or torch.version.hip:
+        return float((H @ columns).mul_(columns).sum(dtype=torch.float64))
+    rounded = columns.bfloat16()
+    parts = zip(rounded.split(CHUNK), H.split(CHUNK), strict=True)
+    sums = [torch.mm(rows, rounded.t(), out_dtype=torch.float32).mul_(h).sum(dtype=torch.float64) for rows, h in parts]
+    return float(torch.stack(sums).sum())

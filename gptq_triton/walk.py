@@ -1,0 +1,230 @@
+"""GPTQ's walk: columns are rounded one by one, each error moved onto those that follow.
+
+Between blocks of columns the errors are moved by products with the factor of H, inside a block one column at a time:
+by the eager loop here, or by one kernel. With ``d = w - q`` of the columns before, ``unit`` of the factor, and
+``F = unit[block, block]^-1``, a block starts as
+
+    w + F^T (unit[before, block]^T d)        and its column j moves  w[i] -= F[j, i] (w[j] - q[j])  for i > j
+
+which is algorithm 1 of the paper (Frantar et al., 2022), without H^-1 and without a product that waits for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .hessian import Factor
+from .options import SolverOptions
+from .packing import storable
+from .quantizer import encode, group_params
+from .refinement import Rounded, clipped_params
+from .spec import QuantSpec
+
+KERNEL = 128  # columns of the kernel's longest block
+FAR = 512  # columns of a product with all that follows; nearer ones are brought up to date block by block
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """How columns are cut.
+
+    Attributes:
+        strips: Blocks, as (start, stop), in lists: each list is brought up to date at once.
+        inside: Groups that are found inside their block: first column to end.
+        ahead: Groups that are found before a block: its start to the group's end and index.
+    """
+
+    strips: list[list[tuple[int, int]]]
+    inside: dict[int, int]
+    ahead: dict[int, tuple[int, int]]
+
+
+def walk(
+    columns: Tensor,
+    factor: Factor,
+    order: Tensor,
+    grid: Rounded,
+    spec: QuantSpec,
+    options: SolverOptions,
+    moved: Tensor | None = None,
+) -> Rounded:
+    """Round columns in an order, which is the factor's.
+
+    Groups are found when their first column is reached, on weights that carry every error so far, unless
+    ``options.static_groups``.
+
+    Args:
+        columns: float32 (K, N), in processing order.
+        factor: Of the Hessian.
+        order: int64 (K,): where each column lies in the layer.
+        grid: Scales and zero points, of which those that are found are replaced, and each column's group.
+        spec: The format.
+        options: How.
+        moved: What is moved onto each column before the first, float32 (K, N), in units of ``unit^T d``; used up.
+    """
+    K, N = columns.shape
+    fused = options.fused and columns.is_cuda
+    groups = grid.g_idx[order]
+    cuts = _cut(groups.tolist(), options, min(options.block, KERNEL) if fused else options.block)
+    scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (grid.scales, grid.zeros))
+    codes = torch.empty(K, N, dtype=torch.uint8, device=columns.device)
+    step = (_Kernel if fused else _Loop)(groups, order, cuts.inside, scales, zeros, codes, spec)
+    unit = factor.unit
+    fresh = moved is None  # nothing is moved onto the first column
+    moved = torch.zeros_like(columns) if moved is None else moved
+    spreads = _inverses(unit, [block for strip in cuts.strips for block in strip])
+    for strip in cuts.strips:
+        first, last = strip[0][0], strip[-1][1]
+        change = columns[first:last].clone()
+        for start, stop in strip:
+            spread = next(spreads)
+            tile = torch.addmm(columns[start:stop], spread.t(), moved[start:stop])
+            if start in cuts.ahead:
+                end, group = cuts.ahead[start]
+                rows = tile[: end - start]
+                if end > stop:
+                    rows = columns[start:end]
+                    if start or not fresh:
+                        far = unit[start:end, start:end].t()
+                        rows = rows + torch.linalg.solve_triangular(
+                            far, moved[start:end], upper=False, unitriangular=True
+                        )
+                scales[group], zeros[group] = find_group(rows, factor.cost[start:end], spec, options)
+            step(tile, spread, start)
+            here = change[start - first : stop - first].sub_(tile)
+            moved[stop:last].addmm_(unit[start:stop, stop:last].t(), here)
+        moved[last:].addmm_(unit[first:last, last:].t(), change)
+    return Rounded(codes, storable(scales, scales.dtype), zeros, grid.g_idx)
+
+
+def find_group(rows: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple[Tensor, Tensor]:
+    """Scale as it will be stored, and zero point, of the (rows, N) of one group; cost of their errors, (rows,)."""
+    if options.clip:
+        return clipped_params(rows, cost, spec.maxq, spec.sym, options.scale_dtype)
+    scale, zero = group_params(rows.t(), spec.maxq, spec.sym, options.mse)
+    return storable(scale, options.scale_dtype), zero
+
+
+class _Loop:
+    """A block by operations of PyTorch, a few for each column: the oracle of the kernel."""
+
+    def __init__(
+        self,
+        groups: Tensor,
+        order: Tensor,
+        inside: dict[int, int],
+        scales: Tensor,
+        zeros: Tensor,
+        codes: Tensor,
+        spec: QuantSpec,
+    ):
+        self.groups, self.positions, self.inside = groups.tolist(), order.tolist(), inside
+        self.scales, self.zeros, self.codes, self.spec = scales, zeros, codes, spec
+
+    def __call__(self, tile: Tensor, spread: Tensor, start: int) -> None:
+        """Replace a tile (columns, N), that starts at a column, by what its codes stand for."""
+        scales, zeros, spec = self.scales, self.zeros, self.spec
+        for j in range(len(tile)):
+            group = self.groups[start + j]
+            if start + j in self.inside:
+                rows = tile[j : self.inside[start + j] - start]
+                scale, zeros[group] = group_params(rows.t(), spec.maxq, spec.sym)
+                scales[group] = storable(scale, scales.dtype)
+            scale, zero = scales[group].float(), zeros[group]
+            code = encode(tile[j], scale, zero, spec.maxq)
+            self.codes[self.positions[start + j]] = code
+            value = (code - zero).mul_(scale)
+            tile[j + 1 :].addr_(spread[j, j + 1 : len(tile)], tile[j] - value, alpha=-1)
+            tile[j] = value
+
+
+class _Kernel:
+    """The same by one kernel; its scales are checked when the walk is over."""
+
+    def __init__(
+        self,
+        groups: Tensor,
+        order: Tensor,
+        inside: dict[int, int],
+        scales: Tensor,
+        zeros: Tensor,
+        codes: Tensor,
+        spec: QuantSpec,
+        **launch: int,
+    ):
+        from .kernels.solve import solve
+
+        self.solve, self.launch = solve, launch
+        self.groups, self.positions = groups.to(torch.int32), order.to(torch.int32)
+        self.scales, self.zeros, self.codes, self.spec = scales, zeros, codes, spec
+        self.runs = None
+        if inside:
+            lengths = [inside.get(k, k) - k for k in range(len(order))]
+            self.runs = torch.tensor(lengths, dtype=torch.int32, device=order.device)
+
+    def __call__(self, tile: Tensor, spread: Tensor, start: int) -> None:
+        self.solve(
+            tile, spread, self.groups, self.runs, self.positions, self.scales, self.zeros, self.codes,
+            first=start, maxq=self.spec.maxq, sym=self.spec.sym, **self.launch,
+        )  # fmt: skip
+
+
+def _cut(groups: list[int], options: SolverOptions, limit: int) -> _Cuts:
+    """Blocks of at most ``limit`` columns, and where groups, each a run of columns, are found.
+
+    A group that fits lies inside one block, a longer one starts a block, and so does every one whose range is clipped.
+    """
+    if options.static_groups:
+        return _Cuts(_strips(_blocks([len(groups)], limit), set()), {}, {})
+    names, lengths = zip(*((group, len(list(run))) for group, run in itertools.groupby(groups)), strict=True)
+    spans = [(end - length, end) for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
+    searched = options.mse or options.clip
+    if searched:
+        blocks = [(first + a, first + b) for first, end in spans for a, b in _blocks([end - first], limit)]
+    else:
+        blocks = list(_blocks(lengths, limit))
+    ahead = {a: (b, name) for (a, b), name in zip(spans, names, strict=True) if searched or b - a > limit}
+    inside = {a: b for a, b in spans if a not in ahead}
+    return _Cuts(_strips(blocks, {a for a, (b, _) in ahead.items() if b - a > limit}), inside, ahead)
+
+
+def _blocks(runs: list[int] | tuple[int, ...], block: int) -> Iterator[tuple[int, int]]:
+    """Cut consecutive runs into blocks of at most ``block`` columns; no run starts inside a block and leaves it."""
+    start = stop = 0
+    for run in runs:
+        if start < stop and stop + run - start > block:
+            yield start, stop
+            start = stop
+        stop += run
+        while stop - start > block:
+            yield start, start + block
+            start += block
+    if start < stop:
+        yield start, stop
+
+
+def _strips(blocks: Iterator[tuple[int, int]] | list[tuple[int, int]], starts: set[int]) -> list[list[tuple[int, int]]]:
+    """Consecutive blocks in lists of about FAR columns; a list begins wherever it must."""
+    strips: list[list[tuple[int, int]]] = []
+    for start, stop in blocks:
+        if not strips or start in starts or stop - strips[-1][0][0] > FAR:
+            strips.append([])
+        strips[-1].append((start, stop))
+    return strips
+
+
+def _inverses(unit: Tensor, blocks: list[tuple[int, int]]) -> Iterator[Tensor]:
+    """The inverse of each diagonal block, float32."""
+    size = max(stop - start for start, stop in blocks)
+    eye = torch.eye(size, dtype=torch.float64, device=unit.device)
+    stack = eye.repeat(len(blocks), 1, 1)
+    for matrix, (start, stop) in zip(stack, blocks, strict=True):
+        matrix[: stop - start, : stop - start] = unit[start:stop, start:stop]
+    inverses = torch.linalg.solve_triangular(stack, eye, upper=True, unitriangular=True).float().contiguous()
+    for inverse, (start, stop) in zip(inverses, blocks, strict=True):
+        yield inverse[: stop - start, : stop - start]

@@ -78,7 +78,8 @@ def group_params(
 
 
 def _grid(low: Tensor, high: Tensor, maxq: int, sym: bool) -> tuple[Tensor, Tensor]:
-    scale = ((high - low) / maxq).clamp(min=torch.finfo(low.dtype).tiny)
+    steps = low.new_full((), maxq)  # a GPU would multiply by a number's reciprocal, which rounds otherwise
+    scale = ((high - low) / steps).clamp(min=torch.finfo(low.dtype).tiny)
     zero = torch.full_like(scale, (maxq + 1) / 2) if sym else torch.round(-low / scale)
     return scale, zero
 

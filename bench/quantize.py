@@ -29,6 +29,7 @@ from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import QuantSpec
 
 PARTS = ("hessian", "solver", "model")
+SWITCHES: dict[str, dict[str, Any]] = {"default": {}, "none": {"clip": False, "refine": 0}}
 SHAPES = ((4096, 4096), (4096, 14336))  # N, K
 SEGMENTS, LENGTH = 128, 2048
 METHOD = (
@@ -106,7 +107,7 @@ def measure_solver(N: int, K: int, desc_act: bool) -> dict[str, Any]:
     }
 
 
-def measure_model(source: Path, desc_act: bool) -> dict[str, Any]:
+def measure_model(source: Path, desc_act: bool, switches: str) -> dict[str, Any]:
     """From disk to disk."""
     from transformers import AutoModelForCausalLM
 
@@ -123,7 +124,7 @@ def measure_model(source: Path, desc_act: bool) -> dict[str, Any]:
 
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
     lap("load_s")
-    config = QuantizeConfig(bits=4, group_size=128, sym=False, desc_act=desc_act)
+    config = QuantizeConfig(bits=4, group_size=128, sym=False, desc_act=desc_act, **SWITCHES[switches])
     reports = quantize_model(model, list(calibration), config, device="cuda", progress=False)
     lap("quantize_s")
     with tempfile.TemporaryDirectory(dir=source.parent) as out:
@@ -135,6 +136,7 @@ def measure_model(source: Path, desc_act: bool) -> dict[str, Any]:
         "part": "model",
         "layers": model.config.num_hidden_layers,
         "act_order": desc_act,
+        "switches": switches,
         "seconds": round(taken, 2),
         **laps,
         "solve_s": round(sum(report.seconds for report in reports), 2),
@@ -147,11 +149,12 @@ def measure_model(source: Path, desc_act: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--switches", nargs="*", choices=SWITCHES, default=list(SWITCHES), help="of whole models")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--folder", type=Path, help="where the model is kept; default: a temporary one")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    identity = ("part", "N", "K", "layers", "act_order")
+    identity = ("part", "N", "K", "layers", "act_order", "switches")
     ledger = Ledger(options.out or folder() / "quantize.json", provenance(METHOD), renew=True, identity=identity)
 
     def add(row: dict[str, Any]) -> None:
@@ -173,8 +176,9 @@ def main() -> None:
 
                 llama(options.layers).save_pretrained(source)
                 torch.cuda.empty_cache()
-            for desc_act in (False, True):
-                add(measure_model(source, desc_act))
+            for switches in options.switches:
+                for desc_act in (False, True):
+                    add(measure_model(source, desc_act, switches))
             if options.folder is None:
                 shutil.rmtree(source.parent)
 

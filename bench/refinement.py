@@ -34,6 +34,7 @@ from gptq_triton.demo import load_smollm2, speeches
 from gptq_triton.evaluate import evaluate, even_segments, log_probabilities, random_segments, tokenize
 from gptq_triton.hessian import Hessian
 from gptq_triton.layers import find_layers, weight_of
+from gptq_triton.ranks import Ranks
 from gptq_triton.solver import solve
 from gptq_triton.streaming import Observer, decoder_blocks
 
@@ -73,7 +74,9 @@ def collect(model: Any, seen: list[Tensor], unseen: list[Tensor]) -> list[dict[s
     observers = []
     for segments in (seen, unseen):
         observer = Observer(layers)
-        observer.watch(lambda i, _, given=segments: model(given[i][None]).logits, [None] * len(segments))
+        observer.watch(
+            lambda i, _, given=segments: model(given[i][None]).logits, [None] * len(segments), Ranks(len(segments))
+        )
         observers.append(observer)
     return [
         {

@@ -35,7 +35,32 @@ def quality() -> str:
         lines.append(
             f"| {row['label']} | {a['perplexity']:.2f} | {b['perplexity']:.2f} | {a['kl']:.4f} | {b['kl']:.4f} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *switches()])
+
+
+def switches() -> list[str]:
+    """What each switch does to whole models; several machines' files, the first that has a row."""
+    rows: dict[tuple, dict] = {}
+    for machine in ("h200", "cpu"):
+        for row in read(RESULTS / machine / "switches.json")["rows"]:
+            rows.setdefault((row["model"], row["switch"], row["bits"]), row)
+    lines = []
+    for model, title in (("smollm2", "SmolLM2-135M"), ("gemma3-270m", "Gemma 3 270M")):
+        names = list(dict.fromkeys(switch for name, switch, _ in rows if name == model))
+        if not names:
+            continue
+        lines += [f"| {title}, KL speeches, handbook | 4 bits | 3 bits | 2 bits |", "|---|---|---|---|"]
+        for switch in names:
+            label = f"**{switch}** (default)" if switch == "clip, refine 1" else switch
+            lines.append(
+                f"| {label} | " + " | ".join(_divergence(rows.get((model, switch, b))) for b in (4, 3, 2)) + " |"
+            )
+        lines.append("")
+    return lines
+
+
+def _divergence(row: dict | None) -> str:
+    return ", ".join(f"{row[text]['kl']:.3f}" for text in ("speeches", "handbook")) if row else "-"
 
 
 def _order(row: dict) -> tuple:
@@ -45,7 +70,7 @@ def _order(row: dict) -> tuple:
 
 def speed() -> str:
     """The whole section on speed; nothing before the first result file exists."""
-    parts = [decode(), prefill(), end_to_end()]
+    parts = [decode(), prefill(), end_to_end(), quantizing()]
     if not any(parts):
         return ""
     plots = [f"![{title}](bench/results/h200/{name})" for name, title in PLOTS.items() if (GPU / name).exists()]
@@ -123,6 +148,30 @@ def end_to_end() -> str:
             f"| {row['job']}, {row['kind']} | {row['weights_gb']:.1f} GB | {row['ms']:.2f} | {row['tokens_per_s']:.0f} "
             f"| {row['vs_fp16']:.2f} | {outside} |"
         )
+    return "\n".join(lines)
+
+
+def quantizing() -> str:
+    """Seconds to quantize a layer and a whole model."""
+    result = read(GPU / "quantize.json")
+    if not result["rows"]:
+        return ""
+    lines = [f"Quantizing on one {_machine(result)}; {result['method']}.", ""]
+    lines += ["| layer | eager, ms | fused, ms | | codes equal |", "|---|---|---|---|---|"]
+    kinds = {False: "", True: ", act-order"}
+    lines += [
+        f"| {row['N']} x {row['K']}{kinds[row['act_order']]} | {row['eager_ms']:.0f} | {row['fused_ms']:.1f} "
+        f"| {row['speedup']:.1f}x | {row['equal_codes']:.2%} |"
+        for row in result["rows"]
+        if row["part"] == "solver"
+    ]
+    lines += ["", "| 8B model, switches | seconds | of these solving | GPU memory |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['switches']}{kinds[row['act_order']]} | {row['seconds']:.0f} | {row['solve_s']:.0f} "
+        f"| {row['peak_gb']:.1f} GB |"
+        for row in result["rows"]
+        if row["part"] == "model"
+    ]
     return "\n".join(lines)
 
 

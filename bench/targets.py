@@ -57,6 +57,14 @@ class Results:
         return read(self.folder / "generate.json")["rows"]
 
     @cached_property
+    def quantize(self) -> list[dict[str, Any]]:
+        return read(self.folder / "quantize.json")["rows"]
+
+    @cached_property
+    def switches(self) -> list[dict[str, Any]]:
+        return read(self.folder / "switches.json")["rows"]
+
+    @cached_property
     def parallel(self) -> list[dict[str, Any]]:
         return read(self.folder / "parallel.json")["rows"]
 
@@ -314,7 +322,68 @@ def _targets() -> list[Target]:
             at_least=False,
         ),
     ]
+    found += [
+        Target(
+            f"solver, N = 4096, K = {K}: times the eager solver's speed",
+            wanted,
+            lambda r, K=K: _quantize(r.quantize, "solver", "speedup", K),
+        )
+        for K, wanted in ((4096, 30), (14336, 40))
+    ]
+    found += [
+        Target(
+            "solver: share of codes equal to the eager solver's",
+            0.999,
+            lambda r: _quantize(r.quantize, "solver", "equal_codes"),
+        ),
+        Target(
+            "8B model, disk to disk: seconds", 60, lambda r: _quantize(r.quantize, "model", "seconds"), at_least=False
+        ),
+        Target(
+            "8B model, disk to disk: GB on the GPU",
+            24,
+            lambda r: _quantize(r.quantize, "model", "peak_gb"),
+            at_least=False,
+        ),
+    ]
+    for model, order, limits in (
+        ("smollm2", "", {4: 0.20, 3: 0.75, 2: 4.5}),
+        ("smollm2", "act-order, ", {4: 0.155, 3: 0.62}),
+        ("gemma3-270m", "", {4: 0.105, 3: 0.52, 2: 3.0}),
+    ):
+        found += [
+            Target(
+                f"{model}, {bits} bits, {order}default switches: KL on held-out text",
+                limit,
+                lambda r, model=model, order=order, bits=bits: _divergence(r.switches, model, order + DEFAULT, bits),
+                at_least=False,
+            )
+            for bits, limit in limits.items()
+        ]
     return found
+
+
+DEFAULT = "clip, refine 1"  # of QuantizeConfig, as bench/switches.py calls it
+
+
+def _quantize(rows: list[dict[str, Any]], part: str, field: str, K: int | None = None) -> dict[str, float]:
+    """A figure of quantize.json, for whole models only that of 32 layers."""
+    return {
+        f"{row.get('N', '')}x{row['K']}{' act-order' * row['act_order']}"
+        if "K" in row
+        else f"act-order {row['act_order']}": row[field]
+        for row in rows
+        if row["part"] == part and K in (None, row.get("K")) and row.get("layers", 32) == 32
+    }
+
+
+def _divergence(rows: list[dict[str, Any]], model: str, switch: str, bits: int) -> dict[str, float]:
+    return {
+        text: row[text]["kl"]
+        for row in rows
+        if (row["model"], row["switch"], row["bits"]) == (model, switch, bits)
+        for text in ("speeches", "handbook")
+    }
 
 
 TARGETS = _targets()

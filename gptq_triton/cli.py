@@ -78,7 +78,7 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         damp_percent=options.damp,
         true_sequential=options.true_sequential,
         mse=options.mse,
-        clip=options.clip,
+        clip=options.clip and not options.mse,
         feedback=options.feedback,
         refine=options.refine,
         dynamic={f"-:{pattern}": {} for pattern in options.exclude} | (options.dynamic or {}),
@@ -212,14 +212,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--act-order", action="store_true", help="most active inputs first, groups in that order")
     sub.add_argument("--static-groups", action="store_true", help="find scales before rounding anything")
     sub.add_argument("--true-sequential", action="store_true", help="layers of a block one after the other")
-    sub.add_argument("--mse", action="store_true", help="clip ranges where that lowers the error")
-    sub.add_argument("--clip", action="store_true", help="the same, errors weighed by what they cost the output")
+    sub.add_argument(
+        "--no-clip", dest="clip", action="store_false",
+        help="keep each group's whole range, instead of clipping it where that costs the output less",
+    )  # fmt: skip
+    sub.add_argument("--mse", action="store_true", help="clip where that lowers the weight's own error instead")
     sub.add_argument(
         "--feedback", type=float, default=0.0, metavar="SHARE",
         help="make up for that share, 0 to 1, of the error of the layers before (default 0)",
     )  # fmt: skip
     sub.add_argument(
-        "--refine", type=int, default=0, metavar="ROUNDS", help="choose scales and codes again, so often (default 0)"
+        "--refine",
+        type=int,
+        default=1,
+        metavar="ROUNDS",
+        help="choose scales and codes again, so often (default %(default)s)",
     )
     sub.add_argument("--damp", type=float, default=0.01, help="damping of the Hessian (default %(default)s)")
     sub.add_argument("--exclude", nargs="*", default=[], metavar="REGEX", help="modules to leave in full precision")

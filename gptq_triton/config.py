@@ -59,11 +59,12 @@ class QuantizeConfig:
         true_sequential: Inside a block, let each layer see the error of the layers before it. Costs
             one more forward pass per stage.
         mse: Clip each group's range where that lowers the rounding error.
-        clip: The same, with errors weighed by what they cost the layer's output; excludes ``mse``.
+        clip: The same, with errors weighed by what they cost the layer's output; excludes ``mse``, and is the default
+            without it.
         feedback: How much of the error of the layers before a layer makes up for, from 0 to 1: it is fitted to
             what the full-precision model computes from its own inputs. Costs a second stream of hidden states.
-        refine: Rounds that choose scales, zero points and codes again under the Hessian; each costs
-            about three times the solving. ``bench/results/cpu/refinement.json`` has what both are worth.
+        refine: Rounds that choose scales, zero points and codes again under the Hessian; each costs about three times
+            the solving. ``bench/results/h200/switches.json`` has what these switches are worth.
         lm_head: Quantize the output head too.
         embeddings: Quantize the input embedding too, to nearest.
         dynamic: Per-module rules, tried in order, as GPTQModel writes them: ``"-:regex"`` leaves the
@@ -88,9 +89,9 @@ class QuantizeConfig:
     damp_percent: float = 0.01
     true_sequential: bool = False
     mse: bool = False
-    clip: bool = False
+    clip: bool = None  # pyright: ignore[reportAssignmentType] bool once it is made
     feedback: float = 0.0
-    refine: int = 0
+    refine: int = 1
     lm_head: bool = False
     embeddings: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -99,6 +100,8 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         self.spec()
+        if self.clip is None:
+            object.__setattr__(self, "clip", not self.mse)
         for name in (
             "sym",
             "desc_act",
@@ -209,7 +212,7 @@ class QuantizeConfig:
                 found[name] = meta[name]
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         own = {name: value for name, value in found.items() if name in known and value is not None}
-        own.setdefault("checkpoint_format", "gptq")
+        own = {"checkpoint_format": "gptq", **_UNSAID} | own
         extra = {name: value for name, value in fields.items() if name not in known}
         return cls(**own, extra=extra)
 
@@ -237,8 +240,12 @@ class QuantizeConfig:
 
     def _override(self, rule: Mapping[str, Any]) -> QuantizeConfig:
         own = {name: value for name, value in _canonical(rule).items() if name in _OVERRIDABLE}
+        if own.get("mse"):
+            own.setdefault("clip", None)
         return dataclasses.replace(self, dynamic={}, **own)
 
+
+_UNSAID = {"clip": False, "refine": 0}  # of a file that does not say: checkpoints of others are made without
 
 _OVERRIDABLE = {f.name for f in dataclasses.fields(QuantizeConfig)} - {
     "dynamic",

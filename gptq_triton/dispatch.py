@@ -301,6 +301,8 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * subgroups)
         stages = min(8, (_SHARED_MEMORY[90] * 1024 - 2048 - 2 * rows * block_m) // step)
+        if stages < 2:
+            continue
         for split in _SPLITS:
             plan = LargePlan(block_m, groups, stages, split)
             partial = 4 * split * plan.tiles(problem) * rows * block_m

@@ -101,14 +101,14 @@ def log_probabilities(model: PreTrainedModel, segment: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Sequence[Tensor],
     segments: Sequence[Tensor],
     reference: PreTrainedModel | Sequence[Tensor] | None = None,
 ) -> Quality:
     """Measure a model on segments of held-out text.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, or its :func:`log_probabilities` for every segment.
         segments: Token ids, each (S,) with S >= 2.
         reference: The full-precision model, or its :func:`log_probabilities` for the first segments;
             KL and agreement are measured on as many segments as it covers.
@@ -123,13 +123,12 @@ def evaluate(
             raise ValueError(f"a segment must be (S,) with S >= 2, got shape {tuple(segment.shape)}")
     loss = kl = agreed = compared = predicted = 0.0
     for index, segment in enumerate(segments):
-        ours = log_probabilities(model, segment)
+        ours = _probabilities(model, index, segment)
         target = segment[1:].to(ours.device)
         loss += float(cross_entropy(ours, target, reduction="sum"))
         predicted += len(target)
-        theirs = _reference(reference, index, segment)
-        if theirs is not None:
-            theirs = theirs.to(ours.device)
+        if reference is not None and not (isinstance(reference, Sequence) and index >= len(reference)):
+            theirs = _probabilities(reference, index, segment).to(ours.device)
             if theirs.shape != ours.shape:
                 raise ValueError(
                     f"reference gives probabilities of shape {tuple(theirs.shape)}, the model of {tuple(ours.shape)}"
@@ -145,7 +144,5 @@ def evaluate(
     )
 
 
-def _reference(reference: PreTrainedModel | Sequence[Tensor] | None, index: int, segment: Tensor) -> Tensor | None:
-    if reference is None or isinstance(reference, Sequence):
-        return reference[index] if reference is not None and index < len(reference) else None
-    return log_probabilities(reference, segment)
+def _probabilities(model: PreTrainedModel | Sequence[Tensor], index: int, segment: Tensor) -> Tensor:
+    return model[index] if isinstance(model, Sequence) else log_probabilities(model, segment)

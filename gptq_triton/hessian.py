@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+STRIPS = 4  # of a symmetric product, whose lower triangle is not computed
 CHUNK = 4096  # tokens of one product on tensor cores, whose sums are kept less exactly than float32
 
 
@@ -32,22 +33,36 @@ class Hessian:
         """
         rows = x.reshape(-1, self.sum.shape[0])
         self.tokens += rows.shape[0]
-        _add_product(self.sum, rows, rows)
+        _add_square(self.sum, rows)
         if full is not None:
             if self.drift is None:
                 self.drift = torch.zeros_like(self.sum)
             rows = rows.to(self.sum)
             self.drift.addmm_(rows.t(), full.reshape(rows.shape).to(rows) - rows)
 
+    def merge(self, other: Hessian) -> None:
+        """Count what another of the same layer saw."""
+        self.sum += other.sum
+        self.tokens += other.tokens
+        if other.drift is not None:
+            self.drift = other.drift if self.drift is None else self.drift.add_(other.drift)
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a^T b``, float32 += floating."""
-    half = a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16)
-    if not (half and total.is_cuda and a.device == total.device and torch.version.hip is None):
-        total.addmm_(a.t().to(total), b.to(total))
-        return
-    for rows, others in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
-        torch.addmm(total, rows.t(), others, out_dtype=torch.float32, out=total)
+
+def _add_square(total: Tensor, rows: Tensor) -> None:
+    """``total += rows^T rows``, float32 += floating, one triangle computed and mirrored: the result is symmetric."""
+    half = rows.dtype in (torch.float16, torch.bfloat16) and total.is_cuda and rows.is_cuda and not torch.version.hip
+    chunks = rows.split(CHUNK) if half else [rows.to(total)]
+    K = len(total)
+    width = -(-K // STRIPS)
+    for start in range(0, K, width):
+        stop = min(start + width, K)
+        for chunk in chunks:
+            left, right, sums = chunk[:, start:stop].t(), chunk[:, start:], total[start:stop, start:]
+            if half:
+                torch.addmm(sums, left, right, out_dtype=torch.float32, out=sums)
+            else:
+                sums.addmm_(left, right)
+        total[stop:, start:stop] = total[start:stop, stop:].t()
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from .hessian import Hessian
 from .layers import weight_of
 from .linear import QuantLinear
 from .packing import PackedWeight, pack, trivial_g_idx, unpack, unpack_zeros
+from .ranks import Ranks
 from .solver import SolverOptions, requantize
 from .streaming import Batch, Observer, as_batches, capture, decoder_blocks, default_device, runner
 
@@ -123,7 +124,7 @@ def _by_block(
             model.set_submodule(name, layer)
         observer = Observer(ideal)
         if names:
-            observer.watch(run, masks)
+            observer.watch(run, masks, Ranks(len(masks)))
         for name, layer in quantized.items():
             model.set_submodule(name, layer)
             reports[name] = _merge(model, name, found[name], observer.hessian(name))

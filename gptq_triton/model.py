@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .hessian import Hessian
 from .journal import Journal
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
+from .ranks import Ranks
 from .solver import Solution, solve
 from .streaming import (
     FullPrecision,
@@ -32,6 +33,9 @@ from .streaming import (
     runner,
     stages,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def quantize_model(
     device: torch.device | str | None = None,
     workdir: str | Path | None = None,
     progress: bool = True,
+    group: ProcessGroup | None = None,
 ) -> list[LayerReport]:
     """Quantize every linear layer of a model's decoder blocks, and its output head on request, in place.
 
@@ -125,13 +130,16 @@ def quantize_model(
         workdir: Folder for finished blocks. A run that was killed resumes from it with identical
             results; it is left in place for the caller to remove.
         progress: Show a progress bar.
+        group: Of 2, 4 or 8 processes that share the calibration, each with the same arguments and a device of its
+            own; every one ends up with the same model, bit for bit that of one process alone.
 
     Returns:
         One report per layer, in the order of solving. ``model.config.quantization_config`` is set.
 
     Raises:
         ValueError: The model has no blocks, or no head to quantize, calibration is empty, a layer has a shape
-            that cannot be stored, experts cannot be taken apart, or workdir belongs to another run.
+            that cannot be stored, experts cannot be taken apart, workdir belongs to another run, or the group is
+            of another size or larger than the calibration.
     """
     from tqdm.auto import tqdm  # with transformers, whose models these are
 
@@ -143,7 +151,9 @@ def quantize_model(
     blocks = decoder_blocks(model)
     parts = blocks | (output_head(model) if config.lm_head else {})
     plan = _plan(model, parts, config)
+    ranks = Ranks(len(batches), group)
     journal = Journal(workdir, model, batches, config, method)
+    batches = [batches[index] for index in ranks.batches]
     device = torch.device(device) if device is not None else default_device(model)
     training = model.training
     model.eval()
@@ -155,7 +165,7 @@ def quantize_model(
         feedback = method == "gptq" and any(target.config.feedback for target in plan.values())
         ideal = hidden if feedback else []  # hidden states of the full-precision model
         masks = [batch["attention_mask"].bool().to(device) if "attention_mask" in batch else None for batch in batches]
-        with tqdm(total=len(plan), desc="quantizing", unit="layer", disable=not progress) as bar:
+        with tqdm(total=len(plan), desc="quantizing", unit="layer", disable=not progress or ranks.rank > 0) as bar:
             for index, (block_name, block) in enumerate(parts.items()):
                 home = next(block.parameters()).device
                 calls_here = calls[index] if block_name in blocks else [((), {})] * len(batches)
@@ -175,8 +185,9 @@ def quantize_model(
                 run = runner(block, hidden, calls_here, device)
                 full = FullPrecision(block, block_name, ideal, calls_here, device) if feedback else None
                 if (kept := journal.load(index)) is None:
-                    packed, found = _solve_block(targets, run, full, masks, config, method, bar)
-                    journal.save(index, packed, found)
+                    packed, found = _solve_block(targets, run, full, masks, ranks, config, method, bar)
+                    if ranks.rank == 0:
+                        journal.save(index, packed, found)
                 else:
                     packed, found = kept[0], [LayerReport(**report) for report in kept[1]]
                     for name, layer in packed.items():
@@ -286,6 +297,7 @@ def _solve_block(
     run: Callable[..., Tensor],
     full: FullPrecision | None,
     masks: list[Tensor | None],
+    ranks: Ranks,
     config: QuantizeConfig,
     method: Literal["gptq", "rtn"],
     bar: Any,
@@ -294,9 +306,10 @@ def _solve_block(
     packed: dict[str, QuantLinear] = {}
     reports: list[LayerReport] = []
     layers = {name: target.layer for name, target in targets.items()}
-    for stage in stages(layers, run) if config.true_sequential else [list(targets)]:
+    # what runs after what may differ where tokens are routed: it is as the first process sees it
+    for stage in ranks.gather(stages(layers, run))[0] if config.true_sequential else [list(targets)]:
         observer = Observer({name: layers[name] for name in stage})
-        observer.watch(run, masks, full)
+        observer.watch(run, masks, ranks, full)
         for names in observer.groups({name: repr(targets[name].config) for name in stage}):
             own = targets[names[0]].config
             if torch.cuda.is_available():

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .hessian import Factor
 from .packing import storable
-from .quantizer import group_params, quantize
+from .quantizer import group_params
 from .spec import QuantSpec
 
 CANDIDATES = 24  # ranges that are tried
 MOST_CLIPPED = 0.6  # of a range
+AT_ONCE = (1 << 18, 1 << 27)  # values of all candidates that are tried at once: on a CPU, on a GPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +75,12 @@ class Descent:
     def __init__(self, H: Tensor, order: Tensor):
         H, self.order = H[order][:, order], order
         diagonal = H.diagonal().clone()
-        self.later = H.triu(1) / diagonal[:, None]
+        self.later = (H.triu(1) / diagonal[:, None]).float()
         self.factor = Factor((H.triu() / diagonal).float(), diagonal.float())
 
     def moved(self, columns: Tensor, rounded: Rounded) -> Tensor:
         """What the columns that come later move onto each, float32 (K, N), in the order of the pass."""
-        return (self.later @ (columns.double() - rounded.dequantize(torch.float64))[self.order]).float()
+        return self.later @ (columns - rounded.dequantize())[self.order]
 
 
 def refine(
@@ -114,8 +115,8 @@ def refine(
         return walk(descent.factor, rounded, descent.moved(columns, rounded))
 
     for _ in range(rounds):
-        rounded = refit_scales(columns, H, rounded, spec)
-        best = losses(columns, H, rounded)
+        rounded, gradient = refit_scales(columns, H, rounded, spec)
+        best = (columns.double() - rounded.dequantize(torch.float64)).mul_(gradient).sum(0)
         for tried in (descend(rounded), descend(walk(factor, rounded, None))):
             loss = losses(columns, H, tried)
             rounded, best = tried.where(loss < best, rounded), torch.minimum(loss, best)
@@ -137,7 +138,7 @@ def losses(columns: Tensor, H: Tensor, rounded: Rounded) -> Tensor:
     return (H @ error).mul_(error).sum(0)
 
 
-def refit_scales(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec) -> Rounded:
+def refit_scales(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec) -> tuple[Rounded, Tensor]:
     """The best scale of each group under the Hessian, one group after another; codes stay.
 
     Unless the spec is symmetric, the zero point may move too: every one that can be stored is tried with its own
@@ -149,6 +150,9 @@ def refit_scales(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec) 
         H: (K, K), float64.
         rounded: Its quantized form; not changed.
         spec: The format.
+
+    Returns:
+        The quantized form, and ``H (w - q)`` of it, float64 (K, N).
     """
     gradient = H @ (columns.double() - rounded.dequantize(torch.float64))
     scales, zeros = rounded.scales.clone(), rounded.zeros.clone()
@@ -181,7 +185,7 @@ def refit_scales(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec) 
         scales[group], zeros[group] = new_scale.to(scales.dtype), new_zero.to(zeros.dtype)
         change = (steps + (zero - new_zero)).mul_(new_scale) - steps * scale
         gradient.addmm_(H[:, inside], change, alpha=-1)
-    return Rounded(rounded.codes, scales, zeros, rounded.g_idx)
+    return Rounded(rounded.codes, scales, zeros, rounded.g_idx), gradient
 
 
 def clipped_params(rows: Tensor, importance: Tensor, maxq: int, sym: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -201,14 +205,19 @@ def clipped_params(rows: Tensor, importance: Tensor, maxq: int, sym: bool, dtype
     if sym:
         high = torch.maximum(-low, high)
         low = -high
-    ends = torch.stack([low, high], 1)
-    best = torch.full_like(low, torch.inf)
-    scale, zero = torch.empty_like(low, dtype=dtype), torch.empty_like(low)
-    for step in range(CANDIDATES):
-        scale1, zero1 = group_params(ends * (1 - step / CANDIDATES * MOST_CLIPPED), maxq, sym)
-        scale1 = storable(scale1, dtype)
-        loss = quantize(rows, scale1.float(), zero1, maxq).sub_(rows).square_().mul_(importance[:, None]).sum(0)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        scale, zero = torch.where(better, scale1, scale), torch.where(better, zero1, zero)
-    return scale, zero
+    keep = 1 - torch.arange(CANDIDATES, device=rows.device) / CANDIDATES * MOST_CLIPPED
+    ends = torch.stack([low, high], 1) * keep[:, None, None]  # (candidates, N, 2)
+    scales, zeros = (t.view(CANDIDATES, -1) for t in group_params(ends.flatten(0, 1), maxq, sym))
+    scales = storable(scales, dtype)
+    at_once = max(1, AT_ONCE[rows.device.type == "cuda"] // rows.numel())
+    parts = zip(scales.split(at_once), zeros.split(at_once), strict=True)
+    loss = torch.cat([_losses_of_grids(rows, importance, s.float(), z, maxq) for s, z in parts])
+    best = loss.argmin(0, keepdim=True)  # the first of equals: the least clipped
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
+
+
+def _losses_of_grids(rows: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, maxq: int) -> Tensor:
+    """What each grid costs each output, (candidates, N), for rows (R, N)."""
+    steps = rows / scales[:, None]
+    miss = torch.round(steps).clamp_(-zeros[:, None], maxq - zeros[:, None]).sub_(steps).square_()
+    return (importance @ miss).mul_(scales).mul_(scales)

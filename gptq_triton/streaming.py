@@ -14,6 +14,7 @@ from .experts import Experts, ignoring
 from .hessian import Hessian
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
+from .ranks import Ranks
 
 # input_ids (B, S) int64, and attention_mask (B, S) where tokens are padded; or what a model without tokens takes
 Batch = dict[str, Tensor]
@@ -254,35 +255,50 @@ class Observer:
         self.leader: dict[str, str] = {}  # the layer whose Hessian a layer shares
         self._hessians: dict[str, Hessian] = {}
         self._inputs: dict[int, tuple[Tensor, str]] = {}  # of the forward pass under way
+        self._last: str | None = None  # the layer at which a forward pass may stop
 
-    def watch(self, run: Callable[..., Tensor], masks: list[Tensor | None], full: FullPrecision | None = None) -> None:
-        """Run every batch and count what the layers are given, beside what full precision gives them.
+    def watch(
+        self,
+        run: Callable[..., Tensor],
+        masks: list[Tensor | None],
+        ranks: Ranks,
+        full: FullPrecision | None = None,
+    ) -> None:
+        """Run this process's batches and count what the layers are given, beside what full precision gives them."""
+        self._hessians = ranks.total(self._watched(run, masks, part, full) for part in ranks.parts)
+        for leaders in ranks.gather(self.leader):  # a layer may have run for other processes alone
+            self.leader |= leaders
+
+    def _watched(
+        self, run: Callable[..., Tensor], masks: list[Tensor | None], batches: range, full: FullPrecision | None
+    ) -> dict[str, Hessian]:
+        """The Hessians of some batches.
 
         Where the first batch came to every layer once, later ones stop at the layer that was last.
         """
-        last = None
-        for batch, mask in enumerate(masks):
+        self._hessians = {}
+        for batch in batches:
             wanted = {} if full is None else full.inputs(batch)
             seen: list[str] = []
 
             def see(
                 name: str,
                 x: Tensor,
-                mask: Tensor | None = mask,
+                mask: Tensor | None = masks[batch],
                 wanted: dict[str, Tensor] = wanted,
                 seen: list[str] = seen,
-                last: str | None = last,
             ) -> None:
                 self._see(name, x, mask, wanted.get(name))
                 seen.append(name)
-                if name == last:
+                if name == self._last:
                     raise _Stop
 
             with _watching(self.layers, see), suppress(_Stop):
-                run(batch, mask)
+                run(batch, masks[batch])
             self._inputs.clear()
             if batch == 0 and seen and sorted(seen) == sorted(self.layers):
-                last = seen[-1]
+                self._last = seen[-1]
+        return self._hessians
 
     def hessian(self, name: str) -> Hessian:
         """What a layer was given; empty if it never ran."""

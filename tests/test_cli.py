@@ -151,10 +151,10 @@ def test_quantize_eval_generate_inspect(run, home, tmp_path):
 def test_quantize_options_reach_the_solver(run, tmp_path):
     code, shown, _ = run(
         *("quantize", "full", tmp_path / "m", "--calibration", "text.txt", *SHORT, "--json", "--quiet"),
-        *("--bits", 3, "--group-size", 16, "--asym", "--act-order", "--true-sequential", "--clip", "--damp", 0.05),
+        *("--bits", 3, "--group-size", 16, "--asym", "--act-order", "--true-sequential", "--no-clip", "--damp", 0.05),
         *(
             "--refine",
-            1,
+            2,
             "--exclude",
             ".*o_proj",
             ".*gate",
@@ -179,8 +179,8 @@ def test_quantize_options_reach_the_solver(run, tmp_path):
         sym=False,
         desc_act=True,
         true_sequential=True,
-        clip=True,
-        refine=1,
+        clip=False,
+        refine=2,
         damp_percent=0.05,
         dynamic={"-:.*o_proj": {}, "-:.*gate": {}, ".*down_proj": {"bits": 8}},
     )

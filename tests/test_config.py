@@ -257,7 +257,7 @@ def test_a_config_that_is_no_object(fields):
 
 def test_null_means_default():
     config = QuantizeConfig.from_dict({"bits": 3, "sym": None, "group_size": None, "dynamic": None, "meta": None})
-    assert dataclasses.replace(config, extra={}) == QuantizeConfig(bits=3)
+    assert dataclasses.replace(config, extra={}) == QuantizeConfig(bits=3, clip=False, refine=0)
 
 
 def test_torch_names_of_the_packing_type():

@@ -20,6 +20,7 @@ from transformers import (
 
 from gptq_triton import QuantizeConfig, QuantLinear, estimate, load_quantized, quantize_model, save_quantized
 from gptq_triton.experts import Experts, is_fused, match_checkpoint, routers, skeleton, unfuse
+from gptq_triton.ranks import Ranks
 from gptq_triton.streaming import Observer, runner
 
 SIZES = {
@@ -303,7 +304,7 @@ def test_padding_does_not_reach_experts():
     def seen(rows, mask):
         observer = Observer(layers)
         with torch.no_grad():
-            observer.watch(runner(block, [rows], [((), {})], torch.device("cpu")), [mask])
+            observer.watch(runner(block, [rows], [((), {})], torch.device("cpu")), [mask], Ranks(1))
         return {name: observer.hessian(name) for name in layers}
 
     padded, plain = seen(x, mask), seen(x[mask][None], None)

@@ -244,7 +244,7 @@ def test_programs_share_the_tiles_of_gradients(bits, dtype, scales, group_size, 
     for M in (64, 300, 1000):
         dy = random_rows(M, 1104, dtype, device=DEVICE)
         problem = product.problem_of(M, dtype, 0, tiled)
-        for rows in dispatch.ROWS_OF_TILES:
+        for rows in dispatch._TRANSPOSED_CYCLES:
             plan = dispatch.transposed_plan(problem, rows)
             tiles = -(-M // rows) * tiled.steps
             # as dispatch has it; nothing shared; everything shared, by few and by as many as can be

@@ -64,7 +64,11 @@ class GptqTritonConfig(GPTQConfig):
         # "": by the symmetry of the weights, as in QuantizeConfig
         label = {} if _LABELS & set(fields) else {"checkpoint_format": ""}
         self.__dict__.update({name: fields.get(name, default) for name, default in _STOCK.items()})
-        self.set_quantize_config(QuantizeConfig.from_dict({"bits": bits, "quant_method": method} | label | fields))
+        config = QuantizeConfig.from_dict({"bits": bits, "quant_method": method} | label | fields)
+        if dataset is not None:  # what a file leaves unsaid was not done, but this is to be made
+            unsaid: dict[str, Any] = {"clip": None, "refine": QuantizeConfig.refine}
+            config = dataclasses.replace(config, **{name: unsaid[name] for name in unsaid.keys() - fields.keys()})
+        self.set_quantize_config(config)
         self.tokenizer, self.dataset = tokenizer, dataset
         self.quant_method = cast("Any", QuantizationMethod.GPTQ if method == "gptq" else method)
         self.post_init()

@@ -10,6 +10,7 @@ The model has random weights, which are saved first, untimed; calibration is ran
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
 import statistics
 import tempfile
@@ -112,6 +113,7 @@ def measure_model(source: Path, desc_act: bool, switches: str) -> dict[str, Any]
     from transformers import AutoModelForCausalLM
 
     calibration = torch.randint(0, 128256, (SEGMENTS, LENGTH), generator=torch.Generator().manual_seed(0))
+    gc.collect()  # models before this one
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     laps: dict[str, float] = {}
@@ -175,7 +177,6 @@ def main() -> None:
                 from e2e import llama
 
                 llama(options.layers).save_pretrained(source)
-                torch.cuda.empty_cache()
             for switches in options.switches:
                 for desc_act in (False, True):
                     add(measure_model(source, desc_act, switches))

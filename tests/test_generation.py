@@ -59,15 +59,17 @@ def test_padded_prompts(model):
     assert torch.equal(found[1:2, 4:], alone)
 
 
-def test_sequences_end_where_they_should(model):
-    """Whichever token ends them, and whether the last one ends early or never."""
+@pytest.mark.parametrize("processors", [{}, {"repetition_penalty": 1.2}])
+def test_sequences_end_where_they_should(model, processors):
+    """Whichever token ends them, and whether the last one ends early or never; in blocks of steps and one by one."""
     inputs = prompt(3)
-    free = model.generate(inputs, max_new_tokens=16, do_sample=False, eos_token_id=None)[:, 8:]
+    options = {"max_new_tokens": 30, "do_sample": False, **processors}
+    free = model.generate(inputs, eos_token_id=None, **options)[:, 8:]
     lengths = set()
-    for end in [*free[:, 2].tolist(), *free[:, -1].tolist(), free[0, 0].item()]:
-        expected, found = both(model, inputs, max_new_tokens=16, do_sample=False, eos_token_id=end, pad_token_id=0)
+    for end in [*free[:, 2].tolist(), *free[:, -1].tolist(), free[0, 0].item(), free[1, 9:12].tolist()]:
+        expected, found = both(model, inputs, eos_token_id=end, pad_token_id=0, **options)
         assert torch.equal(found, expected)
-        one, own = both(model, inputs[:1], max_new_tokens=16, do_sample=False, eos_token_id=end, pad_token_id=0)
+        one, own = both(model, inputs[:1], eos_token_id=end, pad_token_id=0, **options)
         assert torch.equal(own, one)
         lengths.add(one.shape[1])
     assert min(lengths) == 9

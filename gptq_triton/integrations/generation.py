@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 __all__ = ["GraphedDecoding"]
 
 _PASSED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 _ROUND = 256  # lengths of caches are multiples, so that few graphs serve prompts of any length
 _BLOCK = 8  # steps of one graph where nothing but the end of the text depends on a token
+_BLOCK = 8  # steps in a row in one graph, where a token decides nothing but the next one and the end
 _TRIALS = 2  # steps before the capture, of which the first compiles; the cache must have room for them
 
 
@@ -70,6 +72,12 @@ class GraphedDecoding:
             steps = self._steps[batch] = _Steps(model, batch, length)
         mask = model_kwargs.get("attention_mask")
         logits = steps.begin(input_ids, torch.ones_like(input_ids) if mask is None else mask, model_kwargs)
+        kinds = {type(criterion) for criterion in criteria}
+        if not config.do_sample and not processor and kinds <= {EosTokenCriteria, MaxLengthCriteria}:
+            ends = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+            end = torch.cat(ends).to(logits.device) if ends else None
+            new = _greedy(steps, logits.argmax(-1), config.max_length - input_ids.shape[1], end)
+            return torch.cat([input_ids, new if end is None else _ended(new, end, config._pad_token_tensor)], 1)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         late = _Late(input_ids.device)
@@ -91,6 +99,30 @@ class GraphedDecoding:
             logits = steps.next(tokens)
 
 
+def _greedy(steps: _Steps, first: Tensor, count: int, end: Tensor | None) -> Tensor:
+    """The first token (B,) and those that follow, (B, count); fewer once all sequences have ended."""
+    made = [first[:, None]]
+    unfinished = torch.ones_like(first, dtype=torch.bool)
+    late = _Late(first.device)
+    left = count - 1
+    while left:
+        if end is not None:
+            unfinished = unfinished & ~torch.isin(made[-1], end).any(1)
+            if late.over(unfinished):
+                break
+        last = made[-1][:, -1]
+        made.append(steps.block(last) if left >= _BLOCK else steps.next(last).argmax(-1, keepdim=True))
+        left -= made[-1].shape[1]
+    return torch.cat(made, 1)
+
+
+def _ended(new: Tensor, end: Tensor, pad: Tensor) -> Tensor:
+    """Tokens (B, S) with padding after the first one that ends a sequence, up to the end of the longest."""
+    found = torch.isin(new, end).int()
+    after = found.cumsum(1) > found
+    return torch.where(after, pad.to(new), new)[:, : int((~after).sum(1).max())]
+
+
 class _Steps:
     """A step of one token for every sequence of a batch, over a cache of its own."""
 
@@ -106,8 +138,10 @@ class _Steps:
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.tokens)
         self.mask = torch.ones(batch, length, dtype=torch.long, device=device)
+        self.made = torch.zeros(batch, _BLOCK, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: Tensor | None = None
+        self.graph_of_block: torch.cuda.CUDAGraph | None = None
+        self.logits = torch.empty(0)
         self.forward = torch.compile(model.forward, dynamic=False) if device.type == "cuda" else model.forward
 
     def begin(self, input_ids: Tensor, mask: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
@@ -133,12 +167,24 @@ class _Steps:
         """Logits (B, V) after one more token; valid until the next call."""
         self.tokens.copy_(tokens[:, None])
         if self.graph is None:
-            self._run()
-        else:
-            self.graph.replay()
-        return self.logits  # pyright: ignore[reportReturnType]
+            return self._run()
+        self.graph.replay()
+        return self.logits
 
-    def _run(self) -> None:
+    def block(self, tokens: Tensor) -> Tensor:
+        """The most likely tokens after one more, (B, _BLOCK)."""
+        self.tokens.copy_(tokens[:, None])
+        if self.graph is None:
+            self._run_block()
+        else:
+            if self.graph_of_block is None:
+                self.graph_of_block = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph_of_block):
+                    self._run_block()
+            self.graph_of_block.replay()
+        return self.made.clone()
+
+    def _run(self) -> Tensor:
         self.positions.add_(1)
         out = self.forward(
             input_ids=self.tokens,
@@ -147,7 +193,12 @@ class _Steps:
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.logits = out.logits[:, -1].float()
+        return out.logits[:, -1].float()
+
+    def _run_block(self) -> None:
+        for i in range(_BLOCK):
+            self.tokens.copy_(self._run().argmax(-1, keepdim=True))
+            self.made[:, i : i + 1] = self.tokens
 
     def _capture(self, start: int) -> None:
         """Compile and run the step beside the current stream, capture it, and forget what it left in the cache."""
@@ -159,7 +210,7 @@ class _Steps:
                 self._run()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                self._run()
+                self.logits = self._run()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = graph
         self.positions.copy_(positions)

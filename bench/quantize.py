@@ -3,6 +3,7 @@
     python bench/quantize.py
     python bench/quantize.py --parts solver hessian
     python bench/quantize.py --parts model --layers 8 --folder /tmp/model
+    torchrun --nproc-per-node 2 bench/quantize.py    # calibration shared by two GPUs, against one of them
 
 The model has random weights, which are saved first, untimed; calibration is random tokens.
 """
@@ -10,16 +11,22 @@ The model has random weights, which are saved first, untimed; calibration is ran
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import gc
+import hashlib
+import os
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from ledger import Ledger
 from record import folder, provenance
 
@@ -31,23 +38,31 @@ from gptq_triton.spec import QuantSpec
 
 PARTS = ("hessian", "solver", "model")
 SWITCHES: dict[str, dict[str, Any]] = {"default": {}, "none": {"clip": False, "refine": 0}}
+CONFIG = QuantizeConfig(bits=4, group_size=128, sym=False)
+IDENTITY = ("part", "N", "K", "layers", "act_order", "switches", "ranks")
 SHAPES = ((4096, 4096), (4096, 14336))  # N, K
 SEGMENTS, LENGTH = 128, 2048
 METHOD = (
     "solver: solve() with factorisation, energies and packing, 4 bits, groups of 128, zero points, eager and fused in "
     "turns, medians of 3; loss: tr(E H E^T) in float64, fused over eager. hessian: 16384 tokens of float16, and how "
     f"far off float64 in norm. model: random float16 weights, {SEGMENTS} x {LENGTH} tokens, 4 bits, groups of 128; "
-    "seconds from the model on disk to the checkpoint on disk"
+    "seconds from the model on disk to the checkpoint on disk. ranks: the same tokens and 4 such layers, on the GPU; "
+    "calibration: all but solving"
 )
 
 
 def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     """Seconds of one call, the GPU's work included, and what it returned."""
-    torch.cuda.synchronize()
+    _synchronize()
     began = time.perf_counter()
     result = call(*arguments)
-    torch.cuda.synchronize()
+    _synchronize()
     return time.perf_counter() - began, result
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def inputs(K: int, tokens: int) -> torch.Tensor:
@@ -126,7 +141,7 @@ def measure_model(source: Path, desc_act: bool, switches: str) -> dict[str, Any]
 
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
     lap("load_s")
-    config = QuantizeConfig(bits=4, group_size=128, sym=False, desc_act=desc_act, **SWITCHES[switches])
+    config = replace(CONFIG, desc_act=desc_act, **SWITCHES[switches])
     reports = quantize_model(model, list(calibration), config, device="cuda", progress=False)
     lap("quantize_s")
     with tempfile.TemporaryDirectory(dir=source.parent) as out:
@@ -148,6 +163,60 @@ def measure_model(source: Path, desc_act: bool, switches: str) -> dict[str, Any]
     }
 
 
+def measure_ranks(make: Callable[[], Any], calibration: list[torch.Tensor]) -> dict[str, Any]:
+    """The same by one process and by all: calibration is what is left of the time without solving."""
+    row: dict[str, Any] = {"part": "ranks", "ranks": dist.get_world_size()}
+    digests = {}
+    for name, group in (("one", None), ("all", dist.group.WORLD)):
+        dist.barrier()
+        if group is None and dist.get_rank():
+            continue  # and wait
+        model = make()
+        row["layers"] = model.config.num_hidden_layers
+        for samples in (calibration[:16], calibration):  # the first compiles
+            trial = copy.deepcopy(model)
+            run = functools.partial(quantize_model, config=CONFIG, progress=False, group=group)
+            taken, reports = timed(run, trial, samples)
+        digests[name] = _digest(trial)
+        row[f"{name}_s"] = round(taken, 2)
+        row[f"{name}_calibration_s"] = round(taken - sum(report.seconds for report in reports), 2)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, digests)
+    row["equal"] = len({digest for each in everyone for digest in each.values()}) == 1
+    if "one_s" in row:
+        row["speedup"] = round(row["one_calibration_s"] / row["all_calibration_s"], 3)
+    return row
+
+
+def _digest(model: Any) -> str:
+    """Of every tensor."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _ranks(options: argparse.Namespace) -> None:
+    """What torchrun starts."""
+    from e2e import llama
+
+    local = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(local)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return llama(min(options.layers, 4), vocab_size=512)
+
+    tokens = torch.randint(0, 512, (SEGMENTS, LENGTH), generator=torch.Generator().manual_seed(0))
+    row = measure_ranks(make, list(tokens))
+    if dist.get_rank() == 0:
+        print(row, flush=True)
+        ledger = Ledger(options.out or folder() / "quantize.json", provenance(METHOD), renew=True, identity=IDENTITY)
+        ledger.add([row])
+    dist.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
@@ -156,8 +225,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model is kept; default: a temporary one")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    identity = ("part", "N", "K", "layers", "act_order", "switches")
-    ledger = Ledger(options.out or folder() / "quantize.json", provenance(METHOD), renew=True, identity=identity)
+    if "LOCAL_RANK" in os.environ:
+        with torch.no_grad():
+            _ranks(options)
+        return
+    ledger = Ledger(options.out or folder() / "quantize.json", provenance(METHOD), renew=True, identity=IDENTITY)
 
     def add(row: dict[str, Any]) -> None:
         print(row, flush=True)

@@ -346,6 +346,9 @@ def _targets() -> list[Target]:
             at_least=False,
         ),
     ]
+    found.append(
+        Target("two GPUs: times one's speed of calibration", 1.7, lambda r: _quantize(r.quantize, "ranks", "speedup"))
+    )
     for model, order, limits in (
         ("smollm2", "", {4: 0.20, 3: 0.75, 2: 4.5}),
         ("smollm2", "act-order, ", {4: 0.155, 3: 0.62}),
@@ -368,12 +371,12 @@ DEFAULT = "clip, refine 1"  # of QuantizeConfig, as bench/switches.py calls it
 
 def _quantize(rows: list[dict[str, Any]], part: str, field: str, K: int | None = None) -> dict[str, float]:
     """A figure of quantize.json, for whole models only that of 32 layers."""
+    chosen = [row for row in rows if row["part"] == part and K in (None, row.get("K"))]
+    names = ("N", "K", "act_order", "switches", "ranks")
     return {
-        f"{row.get('N', '')}x{row['K']}{' act-order' * row['act_order']}"
-        if "K" in row
-        else f"act-order {row['act_order']}": row[field]
-        for row in rows
-        if row["part"] == part and K in (None, row.get("K")) and row.get("layers", 32) == 32
+        " ".join(f"{name}={row[name]}" for name in names if name in row): row[field]
+        for row in chosen
+        if part != "model" or row["layers"] == 32
     }
 
 

@@ -54,20 +54,38 @@ def given_grid(K=40, bits=3, group=16, sym=False, scattered=False, dtype=torch.f
     return columns, H, Rounded(codes, scales, zeros, g_idx), spec, order
 
 
-def walks(columns, spec, order):
+def walks(columns, spec, order, block=128):
     """The solver's walk in an order, on a given grid."""
-    options = SolverOptions(static_groups=True)
+    options = SolverOptions(static_groups=True, block=block)
     return lambda factor, grid, moved: walk(columns[order], factor, order, grid, spec, options, moved)
 
 
-def descend(columns, H, rounded, spec, order):
+def descend(columns, H, rounded, spec, order, block=128):
     descent = Descent(H, order)
-    return walks(columns, spec, order)(descent.factor, rounded, descent.moved(columns, rounded))
+    return walks(columns, spec, order, block)(descent.factor, rounded, descent.moved(columns, rounded))
 
 
-def assert_no_worse(columns, H, after, before, rounding=1e-11):
+def rounding_of_descent(columns, H, before, after, order, block):
+    """What float32 may cost each output (N,).
+
+    A code is the best one unless its column's value is off: by at most ``unit roundoffs * reach / H_jj``, where reach
+    sums the sizes of all that is added, times what the inverse of a block and the block itself do to it. Next to a tie
+    of two codes, a step apart, the wrong one costs ``2 H_jj step`` times as much as the value is off.
+    """
+    K = len(columns)
+    misses = [(columns.double() - each.dequantize(torch.float64)).abs() for each in (before, after)]
+    reach = H.abs() @ torch.maximum(*misses) + H.diagonal()[:, None] * columns.abs()
+    unit = Descent(H, order).factor.unit.double()
+    spread = 1.0
+    for start in range(0, K, block):
+        here = unit[start : start + block, start : start + block]
+        spread = max(spread, float((torch.linalg.inv(here).abs() @ here.abs()).sum(0).max()))
+    return 2 * 2**-24 * (K + 8) * spread * (before.scales.double()[before.g_idx] * reach).sum(0)
+
+
+def assert_no_worse(columns, H, after, before):
     size = ((H @ columns.double()) * columns).sum(0)  # roundings are relative to this
-    assert (losses(columns, H, after) <= losses(columns, H, before) + rounding * size).all()
+    assert (losses(columns, H, after) <= losses(columns, H, before) + 1e-11 * size).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -113,11 +131,12 @@ def test_refit_finds_the_grid_that_a_weight_lies_on():
 
 
 @settings(max_examples=60, deadline=None)
-@given(problem=problems)
-def test_descent_raises_no_loss_and_changes_codes_alone(problem):
+@given(problem=problems, block=st.sampled_from([1, 16]))
+def test_descent_raises_no_loss_and_changes_codes_alone(problem, block):
     columns, H, rounded, spec, order = given_grid(**problem)
-    lower = descend(columns, H, rounded, spec, order)
-    assert_no_worse(columns, H, lower, rounded, 1e-5)  # the walk is in float32
+    lower = descend(columns, H, rounded, spec, order, block)
+    slack = rounding_of_descent(columns, H, rounded, lower, order, block)
+    assert (losses(columns, H, lower) <= losses(columns, H, rounded) + slack).all()
     assert lower.codes.dtype == torch.uint8
     assert int(lower.codes.max()) <= spec.maxq
     assert torch.equal(lower.scales, rounded.scales)

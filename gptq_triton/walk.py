@@ -12,11 +12,12 @@ which is algorithm 1 of the paper (Frantar et al., 2022), without H^-1 and witho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from .hessian import Factor
 from .options import SolverOptions
@@ -65,17 +66,17 @@ def walk(
         grid: Scales and zero points, of which those that are found are replaced, and each column's group.
         spec: The format.
         options: How.
-        moved: What is moved onto each column before the first, float32 (K, N), in units of ``unit^T d``; used up.
+        moved: What is moved onto each column before the first, float32 (K, N), in units of ``unit^T d``, where no
+            group is to be found; used up.
     """
     K, N = columns.shape
     fused = options.fused and columns.is_cuda
     groups = grid.g_idx[order]
-    cuts = _cut(groups.tolist(), options, min(options.block, KERNEL) if fused else options.block)
+    cuts = _cut(groups, options, min(options.block, KERNEL) if fused else options.block)
     scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (grid.scales, grid.zeros))
     codes = torch.empty(K, N, dtype=torch.uint8, device=columns.device)
-    step = (_Kernel if fused else _Loop)(groups, order, cuts.inside, scales, zeros, codes, spec)
+    step = (_kernel if fused else _loop)(_Walk(groups, order, cuts.inside, scales, zeros, codes, spec))
     unit = factor.unit
-    fresh = moved is None  # nothing is moved onto the first column
     moved = torch.zeros_like(columns) if moved is None else moved
     spreads = _inverses(unit, [block for strip in cuts.strips for block in strip])
     for strip in cuts.strips:
@@ -89,15 +90,13 @@ def walk(
                 rows = tile[: end - start]
                 if end > stop:
                     rows = columns[start:end]
-                    if start or not fresh:
-                        far = unit[start:end, start:end].t()
-                        rows = rows + torch.linalg.solve_triangular(
-                            far, moved[start:end], upper=False, unitriangular=True
-                        )
+                    if start:
+                        here = unit[start:end, start:end].t()
+                        rows = rows + solve_triangular(here, moved[start:end], upper=False, unitriangular=True)
                 scales[group], zeros[group] = find_group(rows, factor.cost[start:end], spec, options)
             step(tile, spread, start)
-            here = change[start - first : stop - first].sub_(tile)
-            moved[stop:last].addmm_(unit[start:stop, stop:last].t(), here)
+            own = change[start - first : stop - first].sub_(tile)
+            moved[stop:last].addmm_(unit[start:stop, stop:last].t(), own)
         moved[last:].addmm_(unit[first:last, last:].t(), change)
     return Rounded(codes, storable(scales, scales.dtype), zeros, grid.g_idx)
 
@@ -110,79 +109,79 @@ def find_group(rows: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptio
     return storable(scale, options.scale_dtype), zero
 
 
-class _Loop:
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """What the steps of one walk share.
+
+    Attributes:
+        groups: Each column's group, int64 (K,).
+        order: Which row of codes each column writes, int64 (K,).
+        inside: Groups to be found, as in `_Cuts`.
+        scales, zeros: Of all groups; those found are written.
+        codes: uint8 (K, N), written.
+        spec: The format.
+    """
+
+    groups: Tensor
+    order: Tensor
+    inside: dict[int, int]
+    scales: Tensor
+    zeros: Tensor
+    codes: Tensor
+    spec: QuantSpec
+
+
+# replaces a tile (columns, N), that starts at a column, by what its codes stand for; the block's inverse is given too
+Step = Callable[[Tensor, Tensor, int], None]
+
+
+def _loop(walk: _Walk) -> Step:
     """A block by operations of PyTorch, a few for each column: the oracle of the kernel."""
+    groups, positions, inside = walk.groups.tolist(), walk.order.tolist(), walk.inside
+    scales, zeros, codes, spec = walk.scales, walk.zeros, walk.codes, walk.spec
 
-    def __init__(
-        self,
-        groups: Tensor,
-        order: Tensor,
-        inside: dict[int, int],
-        scales: Tensor,
-        zeros: Tensor,
-        codes: Tensor,
-        spec: QuantSpec,
-    ):
-        self.groups, self.positions, self.inside = groups.tolist(), order.tolist(), inside
-        self.scales, self.zeros, self.codes, self.spec = scales, zeros, codes, spec
-
-    def __call__(self, tile: Tensor, spread: Tensor, start: int) -> None:
-        """Replace a tile (columns, N), that starts at a column, by what its codes stand for."""
-        scales, zeros, spec = self.scales, self.zeros, self.spec
+    def step(tile: Tensor, spread: Tensor, start: int) -> None:
         for j in range(len(tile)):
-            group = self.groups[start + j]
-            if start + j in self.inside:
-                rows = tile[j : self.inside[start + j] - start]
+            group = groups[start + j]
+            if start + j in inside:
+                rows = tile[j : inside[start + j] - start]
                 scale, zeros[group] = group_params(rows.t(), spec.maxq, spec.sym)
                 scales[group] = storable(scale, scales.dtype)
             scale, zero = scales[group].float(), zeros[group]
             code = encode(tile[j], scale, zero, spec.maxq)
-            self.codes[self.positions[start + j]] = code
+            codes[positions[start + j]] = code
             value = (code - zero).mul_(scale)
             tile[j + 1 :].addr_(spread[j, j + 1 : len(tile)], tile[j] - value, alpha=-1)
             tile[j] = value
 
+    return step
 
-class _Kernel:
+
+def _kernel(walk: _Walk) -> Step:
     """The same by one kernel; its scales are checked when the walk is over."""
+    from .kernels.solve import solve
 
-    def __init__(
-        self,
-        groups: Tensor,
-        order: Tensor,
-        inside: dict[int, int],
-        scales: Tensor,
-        zeros: Tensor,
-        codes: Tensor,
-        spec: QuantSpec,
-        **launch: int,
-    ):
-        from .kernels.solve import solve
+    groups, positions, runs = walk.groups.to(torch.int32), walk.order.to(torch.int32), None
+    if walk.inside:
+        starts, ends = (torch.tensor(list(t), device=groups.device) for t in (walk.inside, walk.inside.values()))
+        runs = torch.zeros_like(groups).index_copy_(0, starts, (ends - starts).int())
 
-        self.solve, self.launch = solve, launch
-        self.groups, self.positions = groups.to(torch.int32), order.to(torch.int32)
-        self.scales, self.zeros, self.codes, self.spec = scales, zeros, codes, spec
-        self.runs = None
-        if inside:
-            lengths = [inside.get(k, k) - k for k in range(len(order))]
-            self.runs = torch.tensor(lengths, dtype=torch.int32, device=order.device)
+    def step(tile: Tensor, spread: Tensor, start: int) -> None:
+        tensors = tile, spread, groups, runs, positions, walk.scales, walk.zeros, walk.codes
+        solve(*tensors, first=start, maxq=walk.spec.maxq, sym=walk.spec.sym)
 
-    def __call__(self, tile: Tensor, spread: Tensor, start: int) -> None:
-        self.solve(
-            tile, spread, self.groups, self.runs, self.positions, self.scales, self.zeros, self.codes,
-            first=start, maxq=self.spec.maxq, sym=self.spec.sym, **self.launch,
-        )  # fmt: skip
+    return step
 
 
-def _cut(groups: list[int], options: SolverOptions, limit: int) -> _Cuts:
+def _cut(groups: Tensor, options: SolverOptions, limit: int) -> _Cuts:
     """Blocks of at most ``limit`` columns, and where groups, each a run of columns, are found.
 
     A group that fits lies inside one block, a longer one starts a block, and so does every one whose range is clipped.
     """
     if options.static_groups:
         return _Cuts(_strips(_blocks([len(groups)], limit), set()), {}, {})
-    names, lengths = zip(*((group, len(list(run))) for group, run in itertools.groupby(groups)), strict=True)
-    spans = [(end - length, end) for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
+    names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
+    spans = list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
     searched = options.mse or options.clip
     if searched:
         blocks = [(first + a, first + b) for first, end in spans for a, b in _blocks([end - first], limit)]
@@ -193,7 +192,7 @@ def _cut(groups: list[int], options: SolverOptions, limit: int) -> _Cuts:
     return _Cuts(_strips(blocks, {a for a, (b, _) in ahead.items() if b - a > limit}), inside, ahead)
 
 
-def _blocks(runs: list[int] | tuple[int, ...], block: int) -> Iterator[tuple[int, int]]:
+def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:
     """Cut consecutive runs into blocks of at most ``block`` columns; no run starts inside a block and leaves it."""
     start = stop = 0
     for run in runs:
@@ -225,6 +224,6 @@ def _inverses(unit: Tensor, blocks: list[tuple[int, int]]) -> Iterator[Tensor]:
     stack = eye.repeat(len(blocks), 1, 1)
     for matrix, (start, stop) in zip(stack, blocks, strict=True):
         matrix[: stop - start, : stop - start] = unit[start:stop, start:stop]
-    inverses = torch.linalg.solve_triangular(stack, eye, upper=True, unitriangular=True).float().contiguous()
+    inverses = solve_triangular(stack, eye, upper=True, unitriangular=True).float().contiguous()
     for inverse, (start, stop) in zip(inverses, blocks, strict=True):
         yield inverse[: stop - start, : stop - start]

@@ -242,7 +242,7 @@ def layer_problem(K, N, spec, options, seed):
 
 def by_kernel(columns, factor, order, grid, spec, options):
     """The walk as on a GPU, whatever the device."""
-    with mock.patch.object(walking, "_Loop", walking._Kernel):
+    with mock.patch.object(walking, "_loop", walking._kernel):
         return walk(columns, factor, order, grid, spec, replace(options, block=min(options.block, walking.KERNEL)))
 
 

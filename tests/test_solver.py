@@ -205,7 +205,7 @@ def test_diagonal_blocks_are_inverted(lengths, seed):
 )
 def test_every_group_is_found_once_on_columns_that_are_up_to_date(runs, block, clip, static):
     groups = [g for g, run in enumerate(runs) for _ in range(run)]
-    cuts = _cut(groups, SolverOptions(clip=clip, static_groups=static), block)
+    cuts = _cut(torch.tensor(groups), SolverOptions(clip=clip, static_groups=static), block)
     blocks = [each for strip in cuts.strips for each in strip]
     assert [i for start, stop in blocks for i in range(start, stop)] == list(range(len(groups)))
     assert all(stop - start <= block for start, stop in blocks)

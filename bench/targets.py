@@ -62,7 +62,8 @@ class Results:
 
     @cached_property
     def switches(self) -> list[dict[str, Any]]:
-        return read(self.folder / "switches.json")["rows"]
+        folders = self.folder, self.folder.parent / "cpu"  # quality does not depend on the machine
+        return [row for folder in folders for row in read(folder / "switches.json")["rows"]]
 
     @cached_property
     def parallel(self) -> list[dict[str, Any]]:

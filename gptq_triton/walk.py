@@ -219,11 +219,13 @@ def _strips(blocks: Iterator[tuple[int, int]] | list[tuple[int, int]], starts: s
 
 def _inverses(unit: Tensor, blocks: list[tuple[int, int]]) -> Iterator[Tensor]:
     """The inverse of each diagonal block, float32."""
+    starts, stops = torch.tensor(blocks, device=unit.device).t()
     size = max(stop - start for start, stop in blocks)
+    rows = starts[:, None] + torch.arange(size, device=unit.device)
+    inside = rows < stops[:, None]  # shorter blocks end in an identity
+    rows = rows.clamp_(max=len(unit) - 1)
     eye = torch.eye(size, dtype=torch.float64, device=unit.device)
-    stack = eye.repeat(len(blocks), 1, 1)
-    for matrix, (start, stop) in zip(stack, blocks, strict=True):
-        matrix[: stop - start, : stop - start] = unit[start:stop, start:stop]
+    stack = unit[rows[:, :, None], rows[:, None]].double().where(inside[:, :, None] & inside[:, None], eye)
     inverses = solve_triangular(stack, eye, upper=True, unitriangular=True).float().contiguous()
     for inverse, (start, stop) in zip(inverses, blocks, strict=True):
         yield inverse[: stop - start, : stop - start]

@@ -19,6 +19,7 @@ WIDTHS = (8, 4, 3, 2)
 LAYERS = {(4096, 4096): "4096 x 4096", (28672, 4096): "28672 x 4096", (8192, 28672): "8192 x 28672"}
 SHOWN_ROWS = (1, 16, 64)
 PREFILL_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)
+DEFAULT = "clip, refine 1"  # of QuantizeConfig, as bench/switches.py calls it
 PLOTS = {"speedup.svg": "Speed-up over fp16 against M", "floor.svg": "Fraction of the floor against M"}
 
 
@@ -51,7 +52,7 @@ def switches() -> list[str]:
             continue
         lines += [f"| {title}, KL speeches, handbook | 4 bits | 3 bits | 2 bits |", "|---|---|---|---|"]
         for switch in names:
-            label = f"**{switch}** (default)" if switch == "clip, refine 1" else switch
+            label = f"**{switch}** (default)" if switch == DEFAULT else switch
             lines.append(
                 f"| {label} | " + " | ".join(_divergence(rows.get((model, switch, b))) for b in (4, 3, 2)) + " |"
             )

@@ -16,7 +16,7 @@ from typing import Any
 
 from cases import Case
 from reading import Cell, cells, fractions, geomean, read, speedups
-from tables import GPU
+from tables import DEFAULT, GPU
 
 Values = Mapping[str, float]
 LARGE = 64e6  # bytes of packed codes
@@ -365,9 +365,6 @@ def _targets() -> list[Target]:
             for bits, limit in limits.items()
         ]
     return found
-
-
-DEFAULT = "clip, refine 1"  # of QuantizeConfig, as bench/switches.py calls it
 
 
 def _quantize(rows: list[dict[str, Any]], part: str, field: str, K: int | None = None) -> dict[str, float]:

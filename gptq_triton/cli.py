@@ -78,7 +78,7 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         damp_percent=options.damp,
         true_sequential=options.true_sequential,
         mse=options.mse,
-        clip=options.clip and not options.mse,
+        clip=options.clip,
         feedback=options.feedback,
         refine=options.refine,
         dynamic={f"-:{pattern}": {} for pattern in options.exclude} | (options.dynamic or {}),
@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--static-groups", action="store_true", help="find scales before rounding anything")
     sub.add_argument("--true-sequential", action="store_true", help="layers of a block one after the other")
     sub.add_argument(
-        "--no-clip", dest="clip", action="store_false",
+        "--no-clip", dest="clip", action="store_const", const=False,
         help="keep each group's whole range, instead of clipping it where that costs the output less",
     )  # fmt: skip
     sub.add_argument("--mse", action="store_true", help="clip where that lowers the weight's own error instead")

@@ -197,9 +197,7 @@ def requantize(
     scales, zeros = scales.float(), zeros.float()
     scales = scales.masked_fill(scales == 0, 1)  # whatever the code, such a weight is 0
     codes = encode(columns, scales[rows], zeros[rows], spec.maxq).to(torch.uint8)
-    if hessian is None or hessian.tokens < max(
-        len(columns) // 8 if options.min_tokens is None else options.min_tokens, 1
-    ):
+    if hessian is None or hessian.tokens < _needed_tokens(len(columns), options):
         return codes, "rtn"
     order = torch.argsort(hessian.sum.diagonal(), descending=True, stable=True)
     factor, _ = factorize(hessian.sum, order, options.damp)

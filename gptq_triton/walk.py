@@ -26,7 +26,6 @@ from .quantizer import encode, group_params
 from .refinement import Rounded, clipped_params
 from .spec import QuantSpec
 
-KERNEL = 128  # columns of the kernel's longest block
 FAR = 512  # columns of a product with all that follows; nearer ones are brought up to date block by block
 
 
@@ -71,8 +70,12 @@ def walk(
     """
     K, N = columns.shape
     fused = options.fused and columns.is_cuda
-    groups = grid.g_idx[order]
-    cuts = _cut(groups, options, min(options.block, KERNEL) if fused else options.block)
+    groups, limit = grid.g_idx[order], options.block
+    if fused:
+        from .kernels.solve import BLOCK_K
+
+        limit = min(limit, BLOCK_K)
+    cuts = _cut(groups, options, limit)
     scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (grid.scales, grid.zeros))
     codes = torch.empty(K, N, dtype=torch.uint8, device=columns.device)
     step = (_kernel if fused else _loop)(_Walk(groups, order, cuts.inside, scales, zeros, codes, spec))

@@ -242,8 +242,10 @@ def layer_problem(K, N, spec, options, seed):
 
 def by_kernel(columns, factor, order, grid, spec, options):
     """The walk as on a GPU, whatever the device."""
+    from gptq_triton.kernels.solve import BLOCK_K
+
     with mock.patch.object(walking, "_loop", walking._kernel):
-        return walk(columns, factor, order, grid, spec, replace(options, block=min(options.block, walking.KERNEL)))
+        return walk(columns, factor, order, grid, spec, replace(options, block=min(options.block, BLOCK_K)))
 
 
 @SLOW
@@ -265,7 +267,7 @@ def test_the_fused_walk_is_the_eager_walk(bits, group, sym, desc_act, static, aw
     options = SolverOptions(block=block, static_groups=static, group_aware=aware, mse=mse and K < 80)
     arguments = layer_problem(K, N, spec, options, seed)
     eager, fused = walk(*arguments), by_kernel(*arguments)
-    if block > walking.KERNEL:  # cut otherwise: sums in another order may turn a code at a tie, and its row with it
+    if block > 128:  # cut otherwise: sums in another order may turn a code at a tie, and its row with it
         assert (fused.codes == eager.codes).all(0).sum() >= 0.9 * N - 1
         return
     assert torch.equal(fused.g_idx, eager.g_idx)

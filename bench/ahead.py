@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from gptq_triton import product
-from gptq_triton.dispatch import DequantizePlan, MatmulPlan, Plan, Problem
+from gptq_triton.dispatch import DecodePlan, DequantizePlan, MatmulPlan, Plan, Problem
 
 Job = tuple[Problem, Plan]
 
@@ -32,7 +32,8 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
     found: dict[object, Job] = {}
     for problem, plan in jobs:
         if not isinstance(plan, (MatmulPlan, DequantizePlan)):
-            kind = (problem.bits, problem.dtype, problem.group_columns)
+            rows = problem.M if isinstance(plan, DecodePlan) and plan.own_digits else None
+            kind = (problem.bits, problem.dtype, problem.group_columns, rows)
             found.setdefault((kind, replace(plan, split=min(plan.split, 2))), (problem, plan))
     return list(found.values())
 

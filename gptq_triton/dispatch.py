@@ -68,6 +68,7 @@ class DecodePlan:
     chunk: int
     split: int
     persistent: bool = False
+    own_digits: bool = False  # programs find the digits of x themselves; chunk is all of a program's rounds
 
     @property
     def strips_of_program(self) -> int:
@@ -260,12 +261,21 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
         while chunk > 1 and 2 * chunk * warps_k * step > room:
             chunk //= 2
         rounds = -(-problem.steps // warps_k)
-        for split in _SPLITS:
-            if split <= rounds:
-                yield DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, split)
-        one_by_one = DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, 1, True)
+        plans = [
+            DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, split)
+            for split in _SPLITS
+            if split <= rounds
+        ]
+        one_by_one = replace(plans[0], persistent=True)
         if one_by_one.programs(problem) < -(-problem.strips // one_by_one.strips_of_program):
-            yield one_by_one
+            plans.append(one_by_one)
+        yield from plans
+        if tiles == 1:
+            for plan in plans:
+                # passes of two steps a warp over the steps of a program
+                own = -(-(-(-rounds // plan.split)) // (2 * warps_n)) * 2 * warps_n
+                if own * warps_k * step <= room:
+                    yield replace(plan, depth=depth, chunk=own, own_digits=True)
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:

@@ -118,6 +118,8 @@ def prepare_launch(problem: Problem, plan: Plan, operands: Operands, device: int
         launch = functools.partial(_matmul, problem, plan, device)
     elif isinstance(plan, LargePlan):
         launch = _large(problem, plan, operands, device)
+    elif isinstance(plan, DecodePlan) and plan.own_digits:
+        launch = _decode_alone(problem, plan, operands, device)
     else:
         launch = _by_digits(problem, plan, operands, device)
     if torch.cuda.device_count() == 1:
@@ -139,19 +141,57 @@ def _form(problem: Problem, scales: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device: int) -> Launch:
+    """One launch, whose programs find the digits of x."""
+    M, K, N, split = problem.M, operands.K, operands.N, plan.split
+    strips, steps, programs = problem.strips, problem.steps, plan.programs(problem)
+    tiles = asdict(plan)
+    del tiles["own_digits"]
+    multiply = _kernels("decode").prepare_decode(
+        device,
+        problem.dtype,
+        operands.bias,
+        **_form(problem, operands.scales),
+        pdl=problem.capability >= 90,
+        own_rows=M,
+        ordered=operands.ordered,
+        aligned=operands.aligned,
+        **tiles,
+    )
+    counters = -(-strips // plan.strips_of_program)  # of tiles
+    words = split * counters * 64 * plan.strips_of_program
+    scratch = _scratch(device)
+
+    def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        order = weight.order
+        partial, zeros = scratch.get(stream, words, counters) if split > 1 else (None, None)
+        multiply(
+            programs, split, stream,
+            x.data_ptr(), None if order is None else order.data_ptr(), None, None,
+            weight.words.data_ptr(), weight.meta.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+            partial, zeros, M, N, K, steps, strips, stride, N,
+        )  # fmt: skip
+
+    return launch
+
+
 def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
+    """Two launches: the digits of x, then the product."""
     digits_module = _kernels("digits")
     M, K, N = problem.M, operands.K, operands.N
     strips, steps, split = problem.strips, problem.steps, plan.split
     subgroups, pdl = max(1, 128 // problem.group_columns), problem.capability >= 90
     wide = isinstance(plan, WidePlan)
+    chosen = asdict(plan)
+    chosen.pop("own_digits", None)
     multiply = (_kernels("wide").prepare_wide if wide else _kernels("decode").prepare_decode)(
         device,
         problem.dtype,
         operands.bias,
         **_form(problem, operands.scales),
         pdl=pdl,
-        **asdict(plan),
+        **chosen,
     )
     rows = 16 if wide else 4 * plan.tiles
     digits_of_x = digits_module.prepare_digits(
@@ -174,6 +214,8 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         words += split * tiles * 16 * plan.strips_of_program * rows
     counters = tiles if split > 1 else 0
     grid = -(-steps // digits_module.STEPS)
+    no_x = () if wide else (None, None)
+    sizes = (M, N, steps, strips, N) if wide else (M, N, K, steps, strips, K, N)
     scratch = _scratch(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -187,11 +229,11 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
                 x.data_ptr(), None if order is None else order.data_ptr(), digits, sums, M, K, steps, stride,
             )  # fmt: skip
             multiply(
-                programs, split, stream,
+                programs, split, stream, *no_x,
                 digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(),
                 None if bias is None else bias.data_ptr(), y.data_ptr(),
                 sums + 4 * sum_words if split > 1 else None, zeros if split > 1 else None,
-                M, N, steps, strips, N,
+                *sizes,
             )  # fmt: skip
 
     return launch

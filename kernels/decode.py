@@ -2,9 +2,10 @@
 
     y[m, n] = bias[n] + sum_g scales[g, n] * unit[m, g] * (sum_k codes[k, n] q[m, k] - zeros[g, n] sum_k q[m, k])
 
-where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. Codes
-go from memory straight to the registers that feed the tensor cores, one mask for four codes (integer_ptx.py); they
-never touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N rows of W and one of
+where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. For up
+to four rows of x every program may find the digits itself, while its first words are on their way; for more rows they
+come from a launch before. Codes go from memory straight to the registers that feed the tensor cores, one mask for four
+codes (integer_ptx.py); they never touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N rows of W and one of
 several ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128 columns). Partial
 sums meet in shared memory, then in a workspace, where the last program to arrive adds them in a fixed order.
 
@@ -36,6 +37,7 @@ from .common import (
     scales_and_zeros,
     unpack,
 )
+from .digits import split_digits
 from .launch import Launch, prepare
 
 
@@ -91,10 +93,10 @@ def _step(
             args = args + (_every_strip(_pieces(b, 8, WARPS_K)[i], L, SHAPE),)
         total = _pieces(
             sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 32, 2 * SUBGROUPS)), 2 * SUBGROUPS, WARPS_K
-        )
+        )  # the unit, minus a subgroup's sum, the unit, ...
         for u in gl.static_range(SUBGROUPS):
             args = args + (groups[4 * u], groups[4 * u + 1], groups[4 * u + 2], groups[4 * u + 3])
-            args = args + (_every_strip(total[1 + u], L, SHAPE),)
+            args = args + (_every_strip(total[2 * u + 1], L, SHAPE),)
         args = args + (_every_strip(total[0].to(gl.float32, bitcast=True), L, SHAPE),)
         args = args + (acc[2 * tile], acc[2 * tile + 1])
         out = out + gl.inline_asm_elementwise(
@@ -103,19 +105,84 @@ def _step(
     return out
 
 
+@gluon.jit
+def _copy_chunk(digits, sums, digits_ptr, sums_ptr, digit_offs, sum_offs, row, first, end, TILES: gl.constexpr):
+    """Start copying the digits and sums of steps first ... end, as many as there is room for, to shared memory."""
+    present = gl.expand_dims(row // TILES + first < end, 1)
+    async_copy.async_copy_global_to_shared(
+        digits, digits_ptr + first * TILES * digits.shape[1] + digit_offs, mask=present
+    )
+    async_copy.async_copy_global_to_shared(sums, sums_ptr + first * TILES * sums.shape[1] + sum_offs, mask=present)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _write_digits(
+    digits, sums, x_ptr, order_ptr, first, end, K, stride_xm,
+    ROWS: gl.constexpr, PASSES: gl.constexpr, PASS: gl.constexpr, SUBGROUPS: gl.constexpr,
+    XL: gl.constexpr, TL: gl.constexpr,
+):  # fmt: skip
+    """What digits.py writes, of steps first ... end, for ROWS <= 4 rows of x; PASS steps at a time."""
+    step = gl.expand_dims(gl.arange(0, PASS, gl.SliceLayout(1, XL)), 1) + first
+    column = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, XL)), 0)
+    # lane 4 n + t has the words (s, hb) of row n = 2 m + digit: [s // 2][m][digit, t, s % 2, hb]
+    digits = digits._reinterpret(gl.int32, [PASSES, PASS, 2, 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
+    # lane 4 g + m: the unit and minus the sums of row m
+    sums = sums._reinterpret(
+        gl.int32, [PASSES, PASS, 8, 4, 2 * SUBGROUPS], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    )
+    AHEAD: gl.constexpr = max(1, 4 // ROWS)  # passes whose loads are in flight together
+    for p in gl.static_range(PASSES):
+        if p % AHEAD == 0:
+            x = ()
+            for i in gl.static_range(min(AHEAD, PASSES - p)):
+                offs = (step + (p + i) * PASS) * 128 + column
+                inside = step + (p + i) * PASS < end
+                if order_ptr is not None:
+                    offs = gl.load(order_ptr + offs, mask=inside, other=-1)
+                    inside = offs >= 0
+                for m in gl.static_range(ROWS):
+                    x = x + (gl.load(x_ptr + m * stride_xm + offs, mask=inside & (offs < K), other=0.0),)
+        for m in gl.static_range(ROWS):
+            integers, unit = split_digits(x[p % AHEAD * ROWS + m].to(gl.float32))
+            words = gl.join(_four_bytes((integers + 128) >> 8, PASS), _four_bytes(integers, PASS))
+            words = words.permute((0, 1, 5, 4, 2, 3)).reshape((PASS, 2, 1, 32))
+            digits.index(p).slice(m, 1, dim=2).store(words)
+            total = -gl.sum(integers.reshape((PASS, SUBGROUPS, 128 // SUBGROUPS)), 2)
+            unit = gl.convert_layout(unit.to(gl.int32, bitcast=True), gl.SliceLayout(1, total.type.layout))
+            unit = gl.expand_dims(unit, 1).broadcast_to((PASS, SUBGROUPS))
+            both = gl.join(unit, total).reshape((PASS, 2 * SUBGROUPS))
+            both = gl.convert_layout(both, gl.SliceLayout(1, gl.SliceLayout(2, TL)))
+            both = gl.expand_dims(gl.expand_dims(both, 1), 2).broadcast_to((PASS, 8, 1, 2 * SUBGROUPS))
+            sums.index(p).slice(m, 1, dim=2).store(both)
+
+
+@gluon.jit
+def _four_bytes(digits, PASS: gl.constexpr):
+    """Words [PASS, s // 2, s % 2, hb, t] of digits [PASS, 128]: byte 2 i0 + i1 is column 32 s + 16 hb + 8 i1 + 2 t + i0."""
+    even, odd = gl.split(digits.reshape((PASS, 2, 2, 2, 2, 4, 2)) & 255)
+    b0, b1 = gl.split(even.permute((0, 1, 2, 3, 5, 4)))
+    b2, b3 = gl.split(odd.permute((0, 1, 2, 3, 5, 4)))
+    return b0 | b1 << 8 | b2 << 16 | b3 << 24
+
+
 @gluon.jit(
-    do_not_specialize=["M", "N", "steps", "strips", "stride_ym"],
-    do_not_specialize_on_alignment=["bias_ptr"],
+    do_not_specialize=["M", "N", "K", "steps", "strips", "stride_xm", "stride_ym"],
+    do_not_specialize_on_alignment=["x_ptr", "bias_ptr"],
 )
 def decode_kernel(
-    digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
-    M, N, steps, strips, stride_ym,
+    x_ptr, order_ptr, digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
+    M, N, K, steps, strips, stride_xm, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
-    PERSISTENT: gl.constexpr, PDL: gl.constexpr,
-    L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr,
+    PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr, ALIGNED: gl.constexpr,
+    L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr, XL: gl.constexpr,
+    TL: gl.constexpr,
 ):  # fmt: skip
-    """One tile of y, or of a partial sum, a program; if PERSISTENT one after another, words of the next in flight."""
+    """One tile of y, or of a partial sum, a program; if PERSISTENT one after another, words of the next in flight.
+
+    With OWN_ROWS, rows of x, a program finds the digits of all its steps itself; else they come in chunks.
+    """
     S: gl.constexpr = STRIPS * WARPS_N
     STEP_WORDS: gl.constexpr = 64 * T.bits
     WIDTH: gl.constexpr = 64 * SUBGROUPS  # of the sums of a step and tile
@@ -138,15 +205,17 @@ def decode_kernel(
     step = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS_K, LK), 1), 2) + lo * WARPS_K
     step = step + gl.zeros((WARPS_K, S, 32), gl.int32, L)
     q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, gl.program_id(0), strips, steps * STEP_WORDS, S, L)
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, CL))
-    digit_offs = gl.expand_dims(row, 1) * 256 + gl.expand_dims(gl.arange(0, 256, gl.SliceLayout(0, CL)), 0)
-    sum_offs = gl.expand_dims(row, 1) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CL)), 0)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    digit_chunks = gl.allocate_shared_memory(gl.int32, [2, ROWS, 256], FLAT)
-    sum_chunks = gl.allocate_shared_memory(gl.int32, [2, ROWS, WIDTH], FLAT)
-    digits = digit_chunks._reinterpret(gl.int32, [2 * CHUNK, WARPS_K, 2 * TILES, 128], PLAIN)
-    sums = sum_chunks._reinterpret(gl.int32, [2 * CHUNK, WARPS_K, TILES, WIDTH], PLAIN)
+    SIDES: gl.constexpr = 1 if OWN_ROWS else 2
+    digits = gl.allocate_shared_memory(gl.int32, [SIDES * CHUNK, WARPS_K, 2 * TILES, 128], PLAIN)
+    sums = gl.allocate_shared_memory(gl.int32, [SIDES * CHUNK, WARPS_K, TILES, WIDTH], PLAIN)
+    if not OWN_ROWS:
+        row = gl.arange(0, ROWS, gl.SliceLayout(1, CL))
+        digit_offs = gl.expand_dims(row, 1) * 256 + gl.expand_dims(gl.arange(0, 256, gl.SliceLayout(0, CL)), 0)
+        sum_offs = gl.expand_dims(row, 1) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CL)), 0)
+        digit_chunks = digits._reinterpret(gl.int32, [SIDES, ROWS, 256], FLAT)
+        sum_chunks = sums._reinterpret(gl.int32, [SIDES, ROWS, WIDTH], FLAT)
     q = ()
     meta = ()
     for d in gl.static_range(DEPTH):
@@ -156,14 +225,21 @@ def decode_kernel(
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
     first = lo * WARPS_K
-    present = gl.expand_dims(row // TILES + first < end, 1)
-    async_copy.async_copy_global_to_shared(
-        digit_chunks.index(0), digits_ptr + first * TILES * 256 + digit_offs, mask=present
-    )
-    async_copy.async_copy_global_to_shared(
-        sum_chunks.index(0), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present
-    )
-    async_copy.commit_group()
+    if OWN_ROWS:
+        if ALIGNED:
+            x_ptr = gl.multiple_of(x_ptr, 16)
+            stride_xm = gl.multiple_of(stride_xm, 8)
+        PASS: gl.constexpr = 2 * WARPS_N * WARPS_K
+        _write_digits(
+            digits, sums, x_ptr, order_ptr, first, end, K, stride_xm,
+            OWN_ROWS, ROWS // PASS, PASS, SUBGROUPS, XL, TL,
+        )  # fmt: skip
+        barrier()
+    else:
+        _copy_chunk(
+            digit_chunks.index(0), sum_chunks.index(0), digits_ptr, sums_ptr,
+            digit_offs, sum_offs, row, first, end, TILES,
+        )  # fmt: skip
     partial = gl.allocate_shared_memory(gl.float32, [2 * TILES, WARPS_K, S * 32], FLAT)
     padded = (hi - lo + DEPTH - 1) // DEPTH * DEPTH  # rounds of words loaded for a tile
     ahead = DEPTH  # of them, for the tile that words are loaded for
@@ -181,20 +257,17 @@ def decode_kernel(
 
         # The loop over k: chunks of CHUNK rounds of digits, rounds of WARPS_K steps
         for chunk in range(lo, hi, CHUNK):
-            async_copy.wait_group(0)
-            barrier()
-            first = (chunk + CHUNK) * WARPS_K
-            if PERSISTENT:
-                first = gl.where(chunk + CHUNK < hi, first, lo * WARPS_K)  # of the next tile
-            present = gl.expand_dims(row // TILES + first < end, 1)
-            async_copy.async_copy_global_to_shared(
-                digit_chunks.index(1 - side), digits_ptr + first * TILES * 256 + digit_offs, mask=present
-            )
-            async_copy.async_copy_global_to_shared(
-                sum_chunks.index(1 - side), sums_ptr + first * TILES * WIDTH + sum_offs, mask=present
-            )
-            async_copy.commit_group()
-            barrier()  # before the first read of the chunk, or the compiler adds one to every round
+            if not OWN_ROWS:
+                async_copy.wait_group(0)
+                barrier()
+                first = (chunk + CHUNK) * WARPS_K
+                if PERSISTENT:
+                    first = gl.where(chunk + CHUNK < hi, first, lo * WARPS_K)  # of the next tile
+                _copy_chunk(
+                    digit_chunks.index(1 - side), sum_chunks.index(1 - side), digits_ptr, sums_ptr,
+                    digit_offs, sum_offs, row, first, end, TILES,
+                )  # fmt: skip
+                barrier()  # before the first read of the chunk, or the compiler adds one to every round
             n = gl.minimum(CHUNK, hi - chunk)
             for i in range(0, n, DEPTH):
                 for d in gl.static_range(DEPTH):
@@ -229,7 +302,7 @@ def decode_kernel(
                         ahead_tile += gl.num_programs(0)
                         step -= padded * WARPS_K
                         q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, L)
-            side = 1 - side
+            side = (SIDES - 1) - side
 
         # Epilogue: add the WARPS_K partial sums, then those of all programs in a fixed order
         for c in gl.static_range(2 * TILES):
@@ -262,13 +335,14 @@ def decode_kernel(
                     y += gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
                 y_ptrs = y_ptr + offs_m.to(gl.int64) * stride_ym + offs_n
                 gl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M) & (offs_n < N))
-    async_copy.wait_group(0)
+    if not OWN_ROWS:
+        async_copy.wait_group(0)
 
 
 @functools.cache
 def constants(
     bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int,
-    splits: bool, persistent: bool, group_columns: int, pdl: bool,
+    splits: bool, persistent: bool, group_columns: int, pdl: bool, own_rows: int = 0, aligned: bool = True,
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
     subgroups = max(1, 128 // group_columns)
@@ -284,7 +358,7 @@ def constants(
         "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
         "PERSISTENT": persistent,
         "GROUP_STEPS": max(1, group_columns // 128),
-        "SUBGROUPS": subgroups, "PDL": pdl,
+        "SUBGROUPS": subgroups, "PDL": pdl, "OWN_ROWS": own_rows, "ALIGNED": aligned,
         "L": linear(
             [[0, s, 0] for s in rest], [[0, 0, b] for b in bits_of(32)], [[0, s, 0] for s in here] + in_k,
             [warps_k, S, 32],
@@ -298,13 +372,23 @@ def constants(
         ),
         "CL": gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]),
         "YL": gl.BlockedLayout([warps_k, 1], [1, 32], [1, warps], [1, 0]),
+        # a lane has eight columns of a step, whole words of digits; a warp has two steps
+        "XL": linear(
+            [[0, 1], [0, 8], [0, 16]], [[0, 2], [0, 4], [0, 32], [0, 64], [1, 0]], [[2 * b, 0] for b in bits_of(warps)],
+            [2 * warps, 128],
+        ),
+        "TL": linear(
+            [[0, 0, 0, b] for b in bits_of(2 * subgroups)] + [[0, b, 0, 0] for b in bits_of(8)],
+            [[0, 0, 0, 0]] * 4 + [[1, 0, 0, 0]], [[2 * b, 0, 0, 0] for b in bits_of(warps)],
+            [2 * warps, 8, 1, 2 * subgroups],
+        ),
     }  # fmt: skip
 
 
 def prepare_decode(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
-    persistent: bool, pdl: bool,
+    persistent: bool, pdl: bool, own_rows: int = 0, ordered: bool = False, aligned: bool = True,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -320,16 +404,21 @@ def prepare_decode(
         warps_n: Warps over strips.
         warps_k: Warps over steps.
         depth: Rounds of words in flight.
-        chunk: Rounds of digits staged at a time, a multiple of depth.
+        chunk: Rounds of digits staged at a time, a multiple of depth; with own_rows all of a program's rounds.
         split: Programs over k.
         persistent: A program takes one tile after another.
         pdl: Programmatic dependent launch (sm_90 on).
+        own_rows: M, up to 4, if programs find the digits of x, else 0.
+        ordered: Whether there is an order (with own_rows).
+        aligned: Rows of x start at multiples of 16 bytes (with own_rows).
 
     Returns:
-        ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps,
-        all_strips, stride_ym)``, with ``programs = ceil(all_strips / (strips * warps_n))``:
+        ``launch(programs, split, stream, x, order, digits, sums, words, meta, bias, y, workspace, counters, M, N, K,
+        steps, all_strips, stride_xm, stride_ym)``, with ``programs = ceil(all_strips / (strips * warps_n))``:
 
-        - digits, sums: as digits.py writes them.
+        - x: (M, K), unit stride along K, of dtype; None without own_rows, as order is.
+        - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.
+        - digits, sums: as digits.py writes them; None with own_rows.
         - words: int32 (all_strips, steps, 64 * bits).
         - meta: int32 (groups, all_strips * 16), scales of 16 bits above zero points.
         - bias: (N,), or None. y: (M, N), unit stride along N, M at most 4 * tiles; overwritten.
@@ -337,8 +426,10 @@ def prepare_decode(
         - counters: int32, a zero for each of ``programs``, left at zero; None when split is 1.
     """
     names = constants(
-        bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl
-    )
+        bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl,
+        own_rows, aligned,
+    )  # fmt: skip
+    rows = (dtype, torch.int32 if ordered else None, None, None) if own_rows else (None, None, torch.int32, torch.int32)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
-    pointers = (*[torch.int32] * 4, bias, dtype, *meeting)
-    return prepare(decode_kernel, device, pointers, 5, names, num_warps=warps_n * warps_k, launch_pdl=pdl)
+    pointers = (*rows, torch.int32, torch.int32, bias, dtype, *meeting)
+    return prepare(decode_kernel, device, pointers, 7, names, num_warps=warps_n * warps_k, launch_pdl=pdl)

@@ -90,9 +90,9 @@ def digits_kernel(
         # unit and sums of row t for every lane 4 g + t
         lanes = 4 * tl.arange(0, 8)[None, :] + m % 4
         firsts = sums_ptr + (tile[:, None] * 32 + lanes) * (2 * SUBGROUPS)
-        tl.store(firsts, tl.broadcast_to(units[:, None], (BLOCK, 8)), mask=mask[:, None])
-        ptrs = firsts[:, :, None] + 1 + offs_u[:, None, :]
-        tl.store(ptrs, tl.broadcast_to(sums[:, None, :], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
+        ptrs = firsts[:, :, None] + 2 * offs_u[:, None, :]
+        tl.store(ptrs, tl.broadcast_to(units[:, None, None], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
+        tl.store(ptrs + 1, tl.broadcast_to(sums[:, None, :], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
     else:
         # for wide.py: rows n = 2 m + digit of 128 bytes, 16-byte pieces (s, hb) swizzled as in shared memory
         n = 2 * m
@@ -128,8 +128,8 @@ def prepare_digits(
         - x: (M, K), unit stride along K.
         - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.
         - digits: for decode.py int32 (steps, tiles, 256); for wide.py (steps, rows, 64).
-        - sums: for decode.py int32 (steps, tiles, 32, 2 * subgroups): the bits of the unit, then minus the sum of each
-          subgroup; for wide.py (steps, 2 * subgroups, rows), the same.
+        - sums: for decode.py int32 (steps, tiles, 32, subgroups, 2): the bits of the unit and minus the subgroup's sum;
+          for wide.py (steps, 2 * subgroups, rows): the bits of the unit, then minus the sums.
     """
     constants = {
         "ALIGNED": aligned, "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "BLOCK": STEPS, "PDL": pdl

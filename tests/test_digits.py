@@ -59,7 +59,7 @@ def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool)
             assert torch.equal(sums[:, m // 4, m % 4], sums[:, m // 4, 28 + m % 4])  # the same for every g
             row = sums[:, m // 4, m % 4]
         units[m] = row[:, 0].contiguous().view(torch.float32)
-        totals[m] = -row[:, 1 : 1 + subgroups].long()
+        totals[m] = -(row[:, 1 : 1 + subgroups] if wide else row[:, 1::2]).long()
     return integers.view(M, -1), units, totals
 
 

@@ -61,9 +61,13 @@ def test_every_plan_can_be_launched(problem, batch_invariant):
             assert plan.chunk % plan.depth == 0
             assert plan.warps_n * plan.warps_k <= 16
             per_step = plan.tiles * (1024 + 256 * max(1, 128 // problem.group_columns))
-            used = 2 * plan.chunk * plan.warps_k * per_step
+            used = (2 - plan.own_digits) * plan.chunk * plan.warps_k * per_step
             used += 256 * plan.tiles * plan.strips * plan.warps_n * plan.warps_k
             assert used <= SHARED_MEMORY.get(problem.arch, 101376) or plan.chunk == 1
+            if plan.own_digits:
+                assert plan.tiles == 1
+                assert plan.chunk * plan.warps_k * plan.split >= problem.steps
+                assert plan.chunk % (2 * plan.warps_n) == 0  # whole passes of two steps a warp
         elif isinstance(plan, WidePlan):
             assert problem.arch == "sm_90"
             assert problem.M <= 16

@@ -36,7 +36,7 @@ def compiled(kernel, pointers: dict[str, str | None], integers: tuple[str, ...],
     from triton.compiler import ASTSource, compile
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    absent = {name: None for name, kind in pointers.items() if kind is None}
+    absent = {name: None for name, kind in pointers.items() if kind is None and name in kernel.arg_names}
     types = {name: kind if "<" in kind else "*" + kind for name, kind in pointers.items() if kind}
     types |= dict.fromkeys(integers, "i32")
     constants = constants | absent
@@ -52,13 +52,18 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     tiles = asdict(plan)
     splits = tiles.pop("split") > 1
     module = decode if isinstance(plan, DecodePlan) else wide
+    own = tiles.pop("own_digits", False)
+    if own:
+        tiles["own_rows"] = problem.M
     pdl = problem.capability >= 90
     constants = module.constants(
         problem.bits, problem.dtype == torch.bfloat16, splits=splits, group_columns=problem.group_columns, pdl=pdl,
         **tiles,
     )  # fmt: skip
     half = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
-    pointers = dict.fromkeys(("digits_ptr", "sums_ptr", "words_ptr", "meta_ptr"), "i32") | {
+    pointers = {"x_ptr": half if own else None, "order_ptr": "i32" if own and bias else None}
+    pointers |= dict.fromkeys(("digits_ptr", "sums_ptr"), None if own else "i32")
+    pointers |= dict.fromkeys(("words_ptr", "meta_ptr"), "i32") | {
         "bias_ptr": half if bias else None,
         "y_ptr": half,
         "workspace_ptr": "fp32" if splits else None,
@@ -66,7 +71,7 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     }
     kernel = decode.decode_kernel if module is decode else wide.wide_kernel
     warps = plan.warps if isinstance(plan, WidePlan) else plan.warps_n * plan.warps_k
-    integers = ("M", "N", "steps", "strips", "stride_ym")
+    integers = ("M", "N", "K", "steps", "strips", "stride_xm", "stride_ym")
     return compiled(kernel, pointers, integers, constants, problem.arch, num_warps=warps, launch_pdl=pdl)
 
 
@@ -85,14 +90,17 @@ def cases():
 
 @pytest.mark.parametrize(("problem", "bias"), [pytest.param(*case, id=str(i)) for i, case in enumerate(cases())])
 def test_plans_compile_and_fit(problem, bias, tmp_path):
-    firsts: dict[type, DecodePlan | WidePlan] = {}
+    firsts: dict[object, DecodePlan | WidePlan] = {}
     for plan in candidates(problem):
         if isinstance(plan, (DecodePlan, WidePlan)):
-            plan = replace(plan, split=1 if bias else 2)
+            own = isinstance(plan, DecodePlan) and plan.own_digits
+            if not own:
+                plan = replace(plan, split=1 if bias else 2)
             if isinstance(plan, DecodePlan):
-                plan = replace(plan, persistent=bias)
-            firsts.setdefault(type(plan), plan)
-    assert DecodePlan in firsts
+                plan = replace(plan, persistent=bias and plan.split == 1)
+            firsts.setdefault((type(plan), own), plan)
+    assert (DecodePlan, False) in firsts
+    assert ((DecodePlan, True) in firsts) == (problem.M <= 4)
     for plan in firsts.values():
         binary = compiled_plan(problem, plan, bias=bias)
         assert binary.metadata.shared <= SHARED_MEMORY[problem.arch]

@@ -137,6 +137,25 @@ def test_every_plan_gives_the_same_answer(M, group_size):
             assert torch.equal(y, expected), plan
 
 
+@pytest.mark.parametrize(("dtype", "act_order"), [(torch.float16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("group_size", [128, 64, 32])
+@pytest.mark.parametrize("M", [1, 2, 3, 4])
+def test_digits_are_the_same_wherever_they_are_found(M, group_size, dtype, act_order):
+    weight = random_weight(1500, 200, 4, group_size, act_order=act_order, device=DEVICE)
+    tiled = tile_weight(weight)
+    for rows in (random_rows(M, 1500, dtype, device=DEVICE), random_rows(M, 1501, dtype, device=DEVICE)[:, 1:]):
+        problem = product.problem_of(M, dtype, 0, tiled)
+        operands = product.Operands.of(tiled, None, False)
+        found = {}
+        for plan in dispatch.candidates(problem):
+            assert isinstance(plan, dispatch.DecodePlan)
+            y = rows.new_full((M, 200), float("nan"))
+            product.prepare_launch(problem, plan, operands, 0)(rows, rows.stride(0), None, tiled, y)
+            tiles = plan.strips, plan.warps_n, plan.warps_k, plan.split
+            assert torch.equal(found.setdefault(tiles, y), y), plan
+        assert any(plan.own_digits for plan in dispatch.candidates(problem))
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bits", BITS)
 def test_no_worse_than_the_vendor_on_dequantized_weights(bits, dtype):

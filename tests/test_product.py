@@ -211,7 +211,25 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
         y = torch.empty(M, 530, dtype=torch.float16)
         operands = product.Operands.of(tiled, bias, True)
         product.prepare_launch(problem, plan, operands, 0)(x, 1536, bias, tiled, y)
+        if isinstance(plan, DecodePlan) and plan.own_digits:
+            ((kind, taken, main),) = gpu.kernels.launches
+            assert (kind, taken["own_rows"], taken["ordered"], taken["aligned"]) == ("decode", M, True, True)
+            programs = plan.programs(problem)
+            partial, zeros = gpu.scratch.memory, gpu.scratch.zeros
+            met = (partial.data_ptr(), zeros.data_ptr()) if plan.split > 1 else (None, None)
+            assert main == (
+                programs, plan.split, 0, x.data_ptr(), tiled.order.data_ptr(), None, None, tiled.words.data_ptr(),
+                tiled.meta.data_ptr(), bias.data_ptr(), y.data_ptr(), *met, M, 530, 1536, tiled.steps, 34, 1536, 530,
+            )  # fmt: skip
+            if plan.split > 1:
+                assert programs == zeros.numel() == math.ceil(34 / plan.strips_of_program)
+                assert partial.numel() == plan.split * programs * plan.strips_of_program * 16 * 4
+            continue
         (_, taken, digits), (kind, _, main) = gpu.kernels.launches
+        if kind == "decode":
+            assert main[3:5] == (None, None)
+            assert main[15:] == (1536, tiled.steps, 34, 1536, 530)
+            main = (*main[:3], *main[5:15], *main[16:18], main[19])
         memory, tiles = gpu.scratch.memory, math.ceil(34 / plan.strips_of_program)
         begin, end = memory.data_ptr(), memory.data_ptr() + 4 * memory.numel()
         rows = 16 if isinstance(plan, WidePlan) else 4 * plan.tiles
@@ -250,7 +268,7 @@ def test_a_warm_call_is_looked_up_with_the_weight(gpu, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(product, "_prepared", None)
         product.product(x, None, tiled)
-    assert gpu.kernels.launches[-1][2][5] == tiled.words.data_ptr()
+    assert gpu.kernels.launches[-1][2][7] == tiled.words.data_ptr()
 
 
 def test_batch_invariance_takes_eight_rows_at_a_time(gpu):

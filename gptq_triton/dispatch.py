@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -273,7 +274,7 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
         if tiles == 1:
             for plan in plans:
                 # passes of two steps a warp over the steps of a program
-                own = -(-(-(-rounds // plan.split)) // (2 * warps_n)) * 2 * warps_n
+                own = math.ceil(math.ceil(rounds / plan.split) / (2 * warps_n)) * 2 * warps_n
                 if own * warps_k * step <= room:
                     yield replace(plan, depth=depth, chunk=own, own_digits=True)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .halves import Matrix, splittable
 
 STRIPS = 4  # of a symmetric product, whose lower triangle is not computed
 CHUNK = 4096  # tokens of one product on tensor cores, whose sums are kept less exactly than float32
@@ -80,6 +83,11 @@ class Factor:
 
     unit: Tensor
     cost: Tensor
+
+    @functools.cached_property
+    def products(self) -> Matrix:
+        """``unit`` as products take it."""
+        return splittable(self.unit)
 
     def divide(self, columns: Tensor) -> Tensor:
         """``H^-1 columns``, for float32 (K, N)."""

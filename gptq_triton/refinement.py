@@ -11,12 +11,14 @@ Source of the descent over codes: Behdin et al., "QuantEase: Optimization-based 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .halves import empty_like, inner, splittable
 from .hessian import Factor
 from .packing import storable
 from .quantizer import group_params
@@ -68,19 +70,20 @@ class Descent:
     ``sum_i H_ij d_i / H_jj``, with ``d = w - q`` of all other columns, as they are now before it and were after it.
 
     Args:
-        H: (K, K), float64, with a positive diagonal.
+        H: (K, K), floating, with a positive diagonal.
         order: Of the pass, int64 (K,).
     """
 
     def __init__(self, H: Tensor, order: Tensor):
         H, self.order = H[order][:, order], order
         diagonal = H.diagonal().clone()
-        self.later = (H.triu(1) / diagonal[:, None]).float()
-        self.factor = Factor((H.triu() / diagonal).float(), diagonal.float())
+        H.div_(diagonal)
+        self.later = splittable(H.tril(-1).float())
+        self.factor = Factor(H.triu_().float(), diagonal.float())
 
     def moved(self, columns: Tensor, rounded: Rounded) -> Tensor:
         """What the columns that come later move onto each, float32 (K, N), in the order of the pass."""
-        return self.later @ (columns - rounded.dequantize())[self.order]
+        return inner(self.later, splittable((columns - rounded.dequantize())[self.order]))
 
 
 def refine(
@@ -100,7 +103,7 @@ def refine(
 
     Args:
         columns: The weight (K, N), floating.
-        H: (K, K), float64, with a positive diagonal.
+        H: (K, K), with a positive diagonal; float64, or float32 where products are made of halves.
         rounded: Its quantized form; not changed.
         spec: The format.
         order: The order of walks, int64 (K,).
@@ -109,36 +112,54 @@ def refine(
             it changes codes alone.
         rounds: How often.
     """
-    descent = Descent(H, order)
+    descent, metric = Descent(H, order), Metric(H)
 
     def descend(rounded: Rounded) -> Rounded:
         return walk(descent.factor, rounded, descent.moved(columns, rounded))
 
     for _ in range(rounds):
-        rounded, gradient = refit_scales(columns, H, rounded, spec)
-        best = (columns.double() - rounded.dequantize(torch.float64)).mul_(gradient).sum(0)
+        rounded, best = refit_scales(columns, metric, rounded, spec)
         for tried in (descend(rounded), descend(walk(factor, rounded, None))):
-            loss = losses(columns, H, tried)
+            loss = losses(columns, metric, tried)
             rounded, best = tried.where(loss < best, rounded), torch.minimum(loss, best)
     return rounded
 
 
-def losses(columns: Tensor, H: Tensor, rounded: Rounded) -> Tensor:
+class Metric:
+    """What errors cost: ``e^T H e``.
+
+    Args:
+        H: (K, K), symmetric; float64, or float32 where products are made of halves.
+    """
+
+    def __init__(self, H: Tensor):
+        self.H, self.products = H, splittable(H)
+
+    def gradient(self, error: Tensor) -> Tensor:
+        """``H error``, (K, N), of H's dtype."""
+        return inner(self.products, splittable(error.to(self.H.dtype)))
+
+    def of_rows(self, index: Tensor) -> Metric:
+        """The same with inputs in another order."""
+        return Metric(self.H[index][:, index])
+
+
+def losses(columns: Tensor, metric: Metric, rounded: Rounded) -> Tensor:
     """``e^T H e`` of each output.
 
     Args:
         columns: The weight (K, N), floating.
-        H: (K, K), float64.
+        metric: Of H.
         rounded: Its quantized form.
 
     Returns:
         float64 (N,).
     """
-    error = columns.double() - rounded.dequantize(torch.float64)
-    return (H @ error).mul_(error).sum(0)
+    error = columns.to(metric.H.dtype) - rounded.dequantize(metric.H.dtype)
+    return metric.gradient(error).mul_(error).sum(0, dtype=torch.float64)
 
 
-def refit_scales(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec) -> tuple[Rounded, Tensor]:
+def refit_scales(columns: Tensor, metric: Metric, rounded: Rounded, spec: QuantSpec) -> tuple[Rounded, Tensor]:
     """The best scale of each group under the Hessian, one group after another; codes stay.
 
     Unless the spec is symmetric, the zero point may move too: every one that can be stored is tried with its own
@@ -147,26 +168,34 @@ def refit_scales(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec) 
 
     Args:
         columns: The weight (K, N), floating.
-        H: (K, K), float64.
+        metric: Of H.
         rounded: Its quantized form; not changed.
         spec: The format.
 
     Returns:
-        The quantized form, and ``H (w - q)`` of it, float64 (K, N).
+        The quantized form, and `losses` of it.
     """
-    gradient = H @ (columns.double() - rounded.dequantize(torch.float64))
+    by_group = rounded.g_idx.argsort(stable=True)
+    codes, groups = rounded.codes, rounded.g_idx
+    if not torch.equal(groups, groups[by_group]):
+        metric, columns, codes, groups = metric.of_rows(by_group), columns[by_group], codes[by_group], groups[by_group]
+    dtype = metric.H.dtype
+    error = columns.to(dtype) - Rounded(codes, rounded.scales, rounded.zeros, groups).dequantize(dtype)
+    gradient = metric.gradient(error)
+    loss = error.mul_(gradient).sum(0, dtype=torch.float64)
+    changes = empty_like(columns.to(dtype))
     scales, zeros = rounded.scales.clone(), rounded.zeros.clone()
     shifts = torch.zeros(1) if spec.sym else torch.arange(-spec.maxq, spec.maxq + 1)
-    shifts = shifts.to(gradient)[:, None]  # (Z, 1)
-    for group in range(len(scales)):
-        inside = (rounded.g_idx == group).nonzero()[:, 0]
-        if not len(inside):
-            continue
-        H_group = H[inside][:, inside]
+    shifts = shifts.to(gradient.device, torch.float64)[:, None]  # (Z, 1)
+    names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
+    spans = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+    for group, (start, stop) in zip(names, spans, strict=True):
+        H_group = metric.H[start:stop, start:stop].double()
         scale, zero = scales[group].double(), zeros[group].double()
-        steps = rounded.codes[inside].double().sub_(zero)
+        steps = codes[start:stop].double().sub_(zero)
         ones, H_steps = H_group.sum(0), H_group @ steps
-        target = gradient[inside].addcmul_(scale, H_steps)
+        target = gradient[start:stop].sub_(inner(metric.products[:start, start:stop], changes[:start])).double()
+        target.addcmul_(scale, H_steps)
         # the loss of scale s and zero point zero + shift, up to a constant: s^2 square - 2 s product
         square = (steps * H_steps).sum(0) - 2 * shifts * (ones @ steps) + shifts**2 * ones.sum()
         product = (steps * target).sum(0) - shifts * target.sum(0)
@@ -174,18 +203,18 @@ def refit_scales(columns: Tensor, H: Tensor, rounded: Rounded, spec: QuantSpec) 
         moved = zero + shifts
         limits = torch.finfo(scales.dtype)
         valid = (square > 0) & (best >= limits.tiny) & (best <= limits.max) & (moved >= 0) & (moved <= spec.maxq)
-        best = storable(torch.where(valid, best, scale), scales.dtype).double()
-        loss = (best**2 * square - 2 * best * product).masked_fill_(~valid, torch.inf)
+        best = torch.where(valid, best, scale).to(scales.dtype).double()
+        there = (best**2 * square - 2 * best * product).masked_fill_(~valid, torch.inf)
         here = (len(shifts) - 1) // 2  # no shift
         before = scale**2 * square[here] - 2 * scale * product[here]
-        loss, choice = loss.min(0)
-        better = loss < before
+        there, choice = there.min(0)
+        better = there < before
+        loss += torch.where(better, there - before, 0)
         new_scale = torch.where(better, best.gather(0, choice[None])[0], scale)
         new_zero = torch.where(better, moved.gather(0, choice[None])[0], zero)
         scales[group], zeros[group] = new_scale.to(scales.dtype), new_zero.to(zeros.dtype)
-        change = (steps + (zero - new_zero)).mul_(new_scale) - steps * scale
-        gradient.addmm_(H[:, inside], change, alpha=-1)
-    return Rounded(rounded.codes, scales, zeros, rounded.g_idx), gradient
+        changes[start:stop] = (steps + (zero - new_zero)).mul_(new_scale).sub_(steps * scale).to(dtype)
+    return Rounded(rounded.codes, scales, zeros, rounded.g_idx), loss
 
 
 def clipped_params(rows: Tensor, importance: Tensor, maxq: int, sym: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -205,8 +234,7 @@ def clipped_params(rows: Tensor, importance: Tensor, maxq: int, sym: bool, dtype
     if sym:
         high = torch.maximum(-low, high)
         low = -high
-    keep = 1 - torch.arange(CANDIDATES, device=rows.device) / CANDIDATES * MOST_CLIPPED
-    ends = torch.stack([low, high], 1) * keep[:, None, None]  # (candidates, N, 2)
+    ends = torch.stack([low, high], 1) * kept_shares(rows.device)[:, None, None]  # (candidates, N, 2)
     scales, zeros = (t.view(CANDIDATES, -1) for t in group_params(ends.flatten(0, 1), maxq, sym))
     scales = storable(scales, dtype)
     at_once = max(1, AT_ONCE[rows.device.type == "cuda"] // rows.numel())
@@ -214,6 +242,11 @@ def clipped_params(rows: Tensor, importance: Tensor, maxq: int, sym: bool, dtype
     loss = torch.cat([_losses_of_grids(rows, importance, s.float(), z, maxq) for s, z in parts])
     best = loss.argmin(0, keepdim=True)  # the first of equals: the least clipped
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
+
+
+def kept_shares(device: torch.device) -> Tensor:
+    """What is kept of a range, float32 (CANDIDATES,)."""
+    return 1 - torch.arange(CANDIDATES, device=device) / CANDIDATES * MOST_CLIPPED
 
 
 def _losses_of_grids(rows: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, maxq: int) -> Tensor:

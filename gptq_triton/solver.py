@@ -14,14 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .halves import has_tensor_cores
 from .hessian import Factor, Hessian, energy, factorize
 from .layers import weight_of
 from .options import SolverOptions
-from .packing import PackedWeight, pack_weight, trivial_g_idx
+from .packing import PackedWeight, pack_weight, storable, trivial_g_idx
 from .quantizer import encode
 from .refinement import Rounded, refine
 from .spec import QuantSpec
-from .walk import find_group, walk
+from .walk import clipped, find_group, walk
 
 logger = logging.getLogger(__name__)
 
@@ -249,8 +250,9 @@ def _refined(
             return found
         factor = again
     given = replace(options, static_groups=True)
-    damped = H.double()
-    damped.diagonal().add_(damp * damped.diagonal().mean())
+    # halves are exact to float32, other products take what they are given
+    damped = H.clone() if has_tensor_cores(H) else H.double()
+    damped.diagonal().add_(damp * H.diagonal().double().mean())
     ordered = columns[order]
 
     def again_from(factor: Factor, grid: Rounded, moved: Tensor | None) -> Rounded:
@@ -262,16 +264,22 @@ def _refined(
 def _round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> Rounded:
     g_idx = trivial_g_idx(len(columns), spec.group_size, columns.device).long()
     length, N = spec.rows_per_group(len(columns)), columns.shape[1]
-    # all whole groups at once, as rows of one matrix; clipping makes temporaries of that size, so one by one
-    whole = 0 if options.mse or options.clip else len(columns) // length
-    first = whole * length
-    rest = zip(columns[first:].split(length), cost[first:].split(length), strict=True) if first < len(columns) else ()
-    found = [tuple(t[None] for t in find_group(rows, costs, spec, options)) for rows, costs in rest]
-    if whole:
-        rows = columns[:first].unflatten(0, (whole, length)).transpose(0, 1).flatten(1)
-        scale, zero = find_group(rows, cost[:length], spec, options)
-        found.insert(0, (scale.view(whole, N), zero.view(whole, N)))
-    scales, zeros = (torch.cat(values) for values in zip(*found, strict=True))
+    if options.clip:
+        scales, zeros = clipped(columns, cost, length, spec, options)
+        scales = storable(scales, scales.dtype)
+    else:
+        # all whole groups at once, as rows of one matrix; a search makes temporaries of that size, so one by one
+        whole = 0 if options.mse else len(columns) // length
+        first = whole * length
+        rest = (
+            zip(columns[first:].split(length), cost[first:].split(length), strict=True) if first < len(columns) else ()
+        )
+        found = [tuple(t[None] for t in find_group(rows, costs, spec, options)) for rows, costs in rest]
+        if whole:
+            rows = columns[:first].unflatten(0, (whole, length)).transpose(0, 1).flatten(1)
+            scale, zero = find_group(rows, cost[:length], spec, options)
+            found.insert(0, (scale.view(whole, N), zero.view(whole, N)))
+        scales, zeros = (torch.cat(values) for values in zip(*found, strict=True))
     codes = encode(columns, scales.float()[g_idx], zeros[g_idx], spec.maxq)
     return Rounded(codes.to(torch.uint8), scales, zeros, g_idx)
 

@@ -1,8 +1,8 @@
 """GPTQ's walk: columns are rounded one by one, each error moved onto those that follow.
 
-Between blocks of columns the errors are moved by products with the factor of H, inside a block one column at a time:
-by the eager loop here, or by one kernel. With ``d = w - q`` of the columns before, ``unit`` of the factor, and
-``F = unit[block, block]^-1``, a block starts as
+Between blocks of columns the errors are moved by products with the factor of H, those of all columns before onto a
+strip of blocks at once; inside a block one column at a time, by the eager loop here or by one kernel. With
+``d = w - q`` of the columns before, ``unit`` of the factor, and ``F = unit[block, block]^-1``, a block starts as
 
     w + F^T (unit[before, block]^T d)        and its column j moves  w[i] -= F[j, i] (w[j] - q[j])  for i > j
 
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from .halves import empty_like, inner
 from .hessian import Factor
 from .options import SolverOptions
 from .packing import storable
 from .quantizer import encode, group_params
-from .refinement import Rounded, clipped_params
+from .refinement import Rounded, clipped_params, kept_shares
 from .spec import QuantSpec
 
-FAR = 512  # columns of a product with all that follows; nearer ones are brought up to date block by block
+STRIP = 512  # columns onto which the errors of all before are moved at once; inside, block after block is
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def walk(
         spec: The format.
         options: How.
         moved: What is moved onto each column before the first, float32 (K, N), in units of ``unit^T d``, where no
-            group is to be found; used up.
+            group is to be found.
     """
     K, N = columns.shape
     fused = options.fused and columns.is_cuda
@@ -79,15 +80,20 @@ def walk(
     scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (grid.scales, grid.zeros))
     codes = torch.empty(K, N, dtype=torch.uint8, device=columns.device)
     step = (_kernel if fused else _loop)(_Walk(groups, order, cuts.inside, scales, zeros, codes, spec))
-    unit = factor.unit
-    moved = torch.zeros_like(columns) if moved is None else moved
+    unit, errors = factor.unit, empty_like(columns)
     spreads = _inverses(unit, [block for strip in cuts.strips for block in strip])
+
+    def reach(start: int, stop: int, first: int) -> Tensor:
+        """What the errors of all columns before the first move onto some."""
+        found = inner(factor.products[:first, start:stop], errors[:first])
+        return found if moved is None else found.add_(moved[start:stop])
+
     for strip in cuts.strips:
         first, last = strip[0][0], strip[-1][1]
-        change = columns[first:last].clone()
+        near, change = reach(first, last, first), columns[first:last].clone()
         for start, stop in strip:
-            spread = next(spreads)
-            tile = torch.addmm(columns[start:stop], spread.t(), moved[start:stop])
+            spread, inside = next(spreads), slice(start - first, stop - first)
+            tile = torch.addmm(columns[start:stop], spread.t(), near[inside])
             if start in cuts.ahead:
                 end, group = cuts.ahead[start]
                 rows = tile[: end - start]
@@ -95,21 +101,40 @@ def walk(
                     rows = columns[start:end]
                     if start:
                         here = unit[start:end, start:end].t()
-                        rows = rows + solve_triangular(here, moved[start:end], upper=False, unitriangular=True)
+                        rows = rows + solve_triangular(here, reach(start, end, start), upper=False, unitriangular=True)
                 scales[group], zeros[group] = find_group(rows, factor.cost[start:end], spec, options)
             step(tile, spread, start)
-            own = change[start - first : stop - first].sub_(tile)
-            moved[stop:last].addmm_(unit[start:stop, stop:last].t(), own)
-        moved[last:].addmm_(unit[first:last, last:].t(), change)
+            own = change[inside].sub_(tile)
+            near[stop - first :].addmm_(unit[start:stop, stop:last].t(), own)
+        errors[first:last] = change
     return Rounded(codes, storable(scales, scales.dtype), zeros, grid.g_idx)
 
 
 def find_group(rows: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple[Tensor, Tensor]:
     """Scale as it will be stored, and zero point, of the (rows, N) of one group; cost of their errors, (rows,)."""
     if options.clip:
-        return clipped_params(rows, cost, spec.maxq, spec.sym, options.scale_dtype)
+        scales, zeros = clipped(rows, cost, len(rows), spec, options)
+        return scales[0], zeros[0]
     scale, zero = group_params(rows.t(), spec.maxq, spec.sym, options.mse)
     return storable(scale, options.scale_dtype), zero
+
+
+def clipped(
+    columns: Tensor, cost: Tensor, length: int, spec: QuantSpec, options: SolverOptions
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, both (G, N), of groups of so many of the (K, N) columns, their ranges shrunk.
+
+    On a GPU a scale beyond its dtype is left infinite.
+    """
+    if options.fused and columns.is_cuda:
+        from .kernels.clip import clip
+
+        keep = kept_shares(columns.device)
+        return clip(columns.contiguous(), cost, keep, length, spec.maxq, spec.sym, options.scale_dtype)
+    groups = zip(columns.split(length), cost.split(length), strict=True)
+    found = [clipped_params(*group, spec.maxq, spec.sym, options.scale_dtype) for group in groups]
+    scales, zeros = (torch.stack(values) for values in zip(*found, strict=True))
+    return scales, zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,10 +236,10 @@ def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:
 
 
 def _strips(blocks: Iterator[tuple[int, int]] | list[tuple[int, int]], starts: set[int]) -> list[list[tuple[int, int]]]:
-    """Consecutive blocks in lists of about FAR columns; a list begins wherever it must."""
+    """Consecutive blocks in lists of about STRIP columns; a list begins wherever it must."""
     strips: list[list[tuple[int, int]]] = []
     for start, stop in blocks:
-        if not strips or start in starts or stop - strips[-1][0][0] > FAR:
+        if not strips or start in starts or stop - strips[-1][0][0] > STRIP:
             strips.append([])
         strips[-1].append((start, stop))
     return strips

@@ -2,12 +2,13 @@
 
     y[m, n] = bias[n] + sum_g scales[g, n] * unit[m, g] * (sum_k codes[k, n] q[m, k] - zeros[g, n] sum_k q[m, k])
 
-where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. For up
-to four rows of x every program may find the digits itself, while its first words are on their way; for more rows they
-come from a launch before. Codes go from memory straight to the registers that feed the tensor cores, one mask for four
-codes (integer_ptx.py); they never touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N rows of W and one of
-several ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128 columns). Partial
-sums meet in shared memory, then in a workspace, where the last program to arrive adds them in a fixed order.
+where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. Up to
+four rows of x every program may find the digits itself, while its first words are on their way; else they come from a
+launch before. Codes go from memory straight to the registers that feed the tensor cores, one mask for four codes
+(integer_ptx.py); they never touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N
+rows of W and one of several ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128
+columns). Partial sums meet in shared memory, then in a workspace, where the last program to arrive adds them in a fixed
+order.
 
 Dispatch picks it for M <= 16 and scales of 16 bits. Source: this project.
 """
@@ -159,7 +160,7 @@ def _write_digits(
 
 @gluon.jit
 def _four_bytes(digits, PASS: gl.constexpr):
-    """Words [PASS, s // 2, s % 2, hb, t] of digits [PASS, 128]: byte 2 i0 + i1 is column 32 s + 16 hb + 8 i1 + 2 t + i0."""
+    """Words [PASS, s // 2, s % 2, hb, t]: byte 2 i0 + i1 is column 32 s + 16 hb + 8 i1 + 2 t + i0 of [PASS, 128]."""
     even, odd = gl.split(digits.reshape((PASS, 2, 2, 2, 2, 4, 2)) & 255)
     b0, b1 = gl.split(even.permute((0, 1, 2, 3, 5, 4)))
     b2, b3 = gl.split(odd.permute((0, 1, 2, 3, 5, 4)))

@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 @triton.jit
-def _round(x):
+def to_nearest(x):
     """To the nearest integer, ties to even, for abs(x) < 2^22: there 1.5 * 2^23 leaves no fraction bit."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def _grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
+def grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
     """Scale, rounded to the dtype that stores it, and zero point for low <= 0 <= high, as the quantizer finds them."""
     if SYM:
         high = tl.maximum(-low, high)
@@ -33,7 +33,7 @@ def _grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
     if SYM:
         zero = tl.zeros_like(low) + (maxq + 1) // 2
     else:
-        zero = _round(tl.div_rn(-low, exact))
+        zero = to_nearest(tl.div_rn(-low, exact))
     tiny: tl.constexpr = 6.103515625e-05 if dtype == tl.float16 else 1.1754943508222875e-38
     return tl.maximum(exact.to(dtype).to(tl.float32), tiny), zero
 
@@ -93,7 +93,7 @@ def solve_kernel(
                 inside = (offs_k >= j) & (offs_k < j + run)
                 members = tl.where(inside[:, None], tile, 0.0)  # a range holds 0 in any case
                 low, high = tl.min(members, axis=0), tl.max(members, axis=0)
-                scale, zero = _grid_of(  # pyright: ignore[reportGeneralTypeIssues]
+                scale, zero = grid_of(  # pyright: ignore[reportGeneralTypeIssues]
                     low, high, maxq, scales_ptr.dtype.element_ty, SYM
                 )
                 tl.store(scales_ptr + group * N + offs_n, scale.to(scales_ptr.dtype.element_ty), mask=mask_n)
@@ -103,7 +103,7 @@ def solve_kernel(
             zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
         column = tl.sum(tl.where((offs_k == j)[:, None], tile, 0.0), axis=0)
         steps = tl.minimum(tl.maximum(tl.div_rn(column, scale), -1024.0), 1024.0)  # beyond any code: same code
-        code = tl.minimum(tl.maximum(_round(steps) + zero, 0.0), maxq.to(tl.float32))
+        code = tl.minimum(tl.maximum(to_nearest(steps) + zero, 0.0), maxq.to(tl.float32))
         value = (code - zero) * scale
         miss = column - value
         tile -= row[:, None] * miss[None, :]

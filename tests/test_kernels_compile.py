@@ -22,16 +22,24 @@ pytestmark = [
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 POINTERS = ("x", "i32", "u8", "fp16", "fp32")
-UNALIGNED = ("M", "group_steps", "first", "count", "maxq")  # no kernel is specialized on these
+UNALIGNED = (
+    "M",
+    "group_steps",
+    "first",
+    "count",
+    "maxq",
+    "K",
+    "length",
+    "candidates",
+)  # no kernel is specialized on these
 NO_PLAN = (None, None, 4, 2, None)
 
 
 def plans(module: str, arch: str, dtype: str) -> tuple[tuple[int | None, ...], ...]:
     """(block_m, block_n, num_warps, num_stages, max_registers) to try."""
-    if module == "solve":
-        from gptq_triton.kernels import solve
-
-        return tuple((None, block_n, num_warps, 1, None) for block_n, num_warps in solve.TILES)
+    if module in ("solve", "clip"):
+        tiles = importlib.import_module(f"gptq_triton.kernels.{module}").TILES
+        return tuple((None, block_n, num_warps, 1, None) for block_n, num_warps in tiles)
     if module != "matmul":
         return (NO_PLAN,)
     from gptq_triton.kernels import matmul
@@ -126,7 +134,7 @@ def test_variant_compiles_and_fits(module, index, arch, dtype, bits, plan, tmp_p
         assert "st.shared" not in loop
 
 
-@pytest.mark.parametrize("module", ["matmul", "dequantize", "gather", "solve"])
+@pytest.mark.parametrize("module", ["matmul", "dequantize", "gather", "solve", "clip"])
 def test_ragged_shapes_compile_and_fit(module):
     # unaligned rows take an address and a mask per element: a few spilled bytes are allowed
     for variant in importlib.import_module(f"gptq_triton.kernels.{module}").VARIANTS:

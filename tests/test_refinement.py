@@ -14,7 +14,7 @@ from gptq_triton.hessian import Factor, Hessian
 from gptq_triton.packing import storable, trivial_g_idx, unpack, unpack_zeros
 from gptq_triton.quantizer import encode, group_params, quantize
 from gptq_triton.reference import dequantize
-from gptq_triton.refinement import Descent, Rounded, clipped_params, losses, refine, refit_scales
+from gptq_triton.refinement import Descent, Metric, Rounded, clipped_params, losses, refine, refit_scales
 from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import QuantSpec
 from gptq_triton.walk import walk
@@ -85,14 +85,14 @@ def rounding_of_descent(columns, H, before, after, order, block):
 
 def assert_no_worse(columns, H, after, before):
     size = ((H @ columns.double()) * columns).sum(0)  # roundings are relative to this
-    assert (losses(columns, H, after) <= losses(columns, H, before) + 1e-11 * size).all()
+    assert (losses(columns, Metric(H), after) <= losses(columns, Metric(H), before) + 1e-11 * size).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(problem=problems)
 def test_refit_raises_no_loss_and_gives_what_can_be_stored(problem):
     columns, H, rounded, spec, _ = given_grid(**problem)
-    fitted = refit_scales(columns, H, rounded, spec)[0]
+    fitted = refit_scales(columns, Metric(H), rounded, spec)[0]
     assert_no_worse(columns, H, fitted, rounded)
     assert torch.equal(fitted.codes, rounded.codes)
     assert fitted.scales.dtype == problem["dtype"]
@@ -106,16 +106,18 @@ def test_refit_raises_no_loss_and_gives_what_can_be_stored(problem):
 @given(bits=st.sampled_from([2, 3, 4]), sym=st.booleans(), seed=st.integers(0, 999))
 def test_refit_of_one_group_is_the_best_of_all_that_can_be_stored_nearby(bits, sym, seed):
     columns, H, rounded, spec, _ = given_grid(24, bits, -1, sym, seed=seed, dtype=torch.bfloat16)
-    fitted = refit_scales(columns, H, rounded, spec)[0]
-    best = losses(columns, H, fitted)
+    fitted = refit_scales(columns, Metric(H), rounded, spec)[0]
+    best = losses(columns, Metric(H), fitted)
     infinity = torch.full_like(fitted.scales, torch.inf)
     for scales in (torch.nextafter(fitted.scales, infinity), torch.nextafter(fitted.scales, -infinity)):
-        other = losses(columns, H, Rounded(fitted.codes, scales, fitted.zeros, fitted.g_idx))
+        other = losses(columns, Metric(H), Rounded(fitted.codes, scales, fitted.zeros, fitted.g_idx))
         assert (other >= best * (1 - 1e-9)).all()
     for zero in range(spec.maxq + 1) if not sym else ():
         for factor in torch.linspace(0.25, 4, 40):  # a coarse search of all grids finds nothing better
             scales = (fitted.scales * factor).to(torch.bfloat16)
-            other = losses(columns, H, Rounded(fitted.codes, scales, torch.full_like(fitted.zeros, zero), fitted.g_idx))
+            other = losses(
+                columns, Metric(H), Rounded(fitted.codes, scales, torch.full_like(fitted.zeros, zero), fitted.g_idx)
+            )
             assert (other >= best * (1 - 1e-9)).all()
 
 
@@ -123,10 +125,10 @@ def test_refit_finds_the_grid_that_a_weight_lies_on():
     _, H, rounded, spec, _ = given_grid(N=8, bits=4)
     columns = rounded.dequantize()
     shifted = Rounded(rounded.codes, (rounded.scales * 1.3).half(), (rounded.zeros + 1).clamp(max=15), rounded.g_idx)
-    assert (losses(columns, H, shifted) > 0.1).all()
+    assert (losses(columns, Metric(H), shifted) > 0.1).all()
     for _ in range(200):  # groups disturb each other; one after another they converge
-        shifted = refit_scales(columns, H, shifted, spec)[0]
-    reached = losses(columns, H, shifted)
+        shifted = refit_scales(columns, Metric(H), shifted, spec)[0]
+    reached = losses(columns, Metric(H), shifted)
     assert (reached < 1e-3 * ((H @ columns.double()) * columns).sum(0)).all()
 
 
@@ -136,7 +138,7 @@ def test_descent_raises_no_loss_and_changes_codes_alone(problem, block):
     columns, H, rounded, spec, order = given_grid(**problem)
     lower = descend(columns, H, rounded, spec, order, block)
     slack = rounding_of_descent(columns, H, rounded, lower, order, block)
-    assert (losses(columns, H, lower) <= losses(columns, H, rounded) + slack).all()
+    assert (losses(columns, Metric(H), lower) <= losses(columns, Metric(H), rounded) + slack).all()
     assert lower.codes.dtype == torch.uint8
     assert int(lower.codes.max()) <= spec.maxq
     assert torch.equal(lower.scales, rounded.scales)
@@ -150,7 +152,7 @@ def test_descent_is_what_trying_every_code_of_every_column_gives():
         tried = []
         for code in range(spec.maxq + 1):
             codes[k] = code
-            tried.append(losses(columns, H, Rounded(codes, rounded.scales, rounded.zeros, rounded.g_idx)))
+            tried.append(losses(columns, Metric(H), Rounded(codes, rounded.scales, rounded.zeros, rounded.g_idx)))
         codes[k] = torch.stack(tried).argmin(0)
     got = descend(columns, H, rounded, spec, order).codes
     assert torch.equal(got, codes)
@@ -169,11 +171,11 @@ def test_rounds_raise_no_output_s_loss_whatever_the_walk_gives(problem, rounds):
 
     refined = refine(columns, H, rounded, spec, order, factor, walk, rounds)
     assert_no_worse(columns, H, refined, rounded)
-    fitted = refit_scales(columns, H, rounded, spec)[0]
+    fitted = refit_scales(columns, Metric(H), rounded, spec)[0]
     tried = (fitted, *(descend(columns, H, r, spec, order) for r in (fitted, walk(factor, fitted, None))))
-    least = torch.stack([losses(columns, H, r) for r in tried]).amin(0)
+    least = torch.stack([losses(columns, Metric(H), r) for r in tried]).amin(0)
     once = refine(columns, H, rounded, spec, order, factor, walk, 1)
-    assert torch.equal(losses(columns, H, once), least)  # each output has the best one
+    assert torch.equal(losses(columns, Metric(H), once), least)  # each output has the best one
 
 
 def problem(K=96, N=24, seed=0):

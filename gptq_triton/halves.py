@@ -1,0 +1,99 @@
+"""Products as exact as float32's on tensor cores, which multiply numbers of 16 bits several times as fast.
+
+A matrix is the sum of two of float16, 22 bits together, under a power of two for each column; three products of
+halves make one. Where there are no such tensor cores, products are PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOW = 2.0**11  # what the lower half is multiplied by, so that it is as large as the higher
+
+
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """``(high + low / LOW) * scale``.
+
+    Attributes:
+        high, low: float16 (R, C).
+        scale: Powers of two, float32 (C,).
+    """
+
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Halves:
+        """Split a float32 (R, C): the largest number of a column lies in [1/2, 1) of its scale."""
+        halves = cls.empty(matrix, column_scales(matrix))
+        halves[:] = matrix
+        return halves
+
+    @classmethod
+    def empty(cls, matrix: Tensor, scale: Tensor) -> Halves:
+        """Room for a matrix of that shape."""
+        high, low = (torch.empty(matrix.shape, dtype=torch.float16, device=matrix.device) for _ in range(2))
+        return cls(high, low, scale)
+
+    def __getitem__(self, at: slice | tuple[slice, slice]) -> Halves:
+        """Some rows, or some rows and columns."""
+        columns = at[1] if isinstance(at, tuple) else slice(None)
+        return Halves(self.high[at], self.low[at], self.scale[columns])
+
+    def __setitem__(self, at: slice, rows: Tensor) -> None:
+        """Replace rows by float32 ones."""
+        scaled = rows / self.scale  # exact
+        high = self.high[at].copy_(scaled)
+        self.low[at].copy_(scaled.sub_(high).mul_(LOW))
+
+
+Matrix = Tensor | Halves
+
+
+def column_scales(matrix: Tensor) -> Tensor:
+    """The least power of two above every number of a column in size, float32 (C,); 1 for a column of zeros."""
+    largest = matrix.abs().amax(0) if len(matrix) else matrix.new_zeros(matrix.shape[1])
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+
+
+def has_tensor_cores(tensor: Tensor) -> bool:
+    """Whether halves are faster than what they stand for."""
+    return tensor.is_cuda and not torch.version.hip
+
+
+def splittable(matrix: Tensor) -> Matrix:
+    """A floating matrix as `inner` takes it."""
+    return Halves.of(matrix.float()) if has_tensor_cores(matrix) else matrix
+
+
+def empty_like(matrix: Tensor) -> Matrix:
+    """Room for errors of a float32 (R, C), as `inner` takes them: up to 65504 times as large as a column's largest."""
+    if not has_tensor_cores(matrix):
+        return torch.empty_like(matrix)
+    return Halves.empty(matrix, column_scales(matrix))
+
+
+def inner(left: Matrix, right: Matrix) -> Tensor:
+    """``left^T right`` of (R, M) and (R, N), both of one kind: float32 if halves, else their dtype."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.t() @ right
+    if not isinstance(left, Halves) or not isinstance(right, Halves):
+        raise TypeError(f"both matrices must be halves, or neither, got {type(left)} and {type(right)}")
+    if not len(left.high):
+        return left.scale.new_zeros(len(left.scale), len(right.scale))
+    cross = _multiply(left.high, right.low)
+    cross += _multiply(left.low, right.high)
+    total = _multiply(left.high, right.high).add_(cross, alpha=1 / LOW)
+    return total.mul_(left.scale[:, None]).mul_(right.scale)
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right`` of float16, summed and returned in float32."""
+    if left.is_cuda:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return left.float().t() @ right.float()

@@ -230,9 +230,9 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
 # (strips, warps_n, warps_k, depth, chunk) of the best on an H200, by width of codes; the last is for small layers
 _DECODE = {
     1: {
-        2: ((2, 2, 8, 4, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
-        3: ((2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
-        4: ((2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
+        2: ((2, 2, 8, 4, 4), (2, 4, 4, 2, 4), (1, 4, 4, 4, 4), (1, 2, 8, 4, 4)),
+        3: ((2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 4, 4, 4, 4), (1, 2, 8, 4, 4)),
+        4: ((2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 4, 4, 4, 4), (1, 2, 8, 2, 4), (1, 2, 8, 4, 4)),
         8: ((1, 4, 4, 2, 4), (2, 2, 8, 2, 4), (1, 2, 8, 2, 4)),
     },
     2: dict.fromkeys((2, 3, 4, 8), ((2, 2, 8, 2, 2), (2, 4, 4, 2, 4), (2, 1, 8, 2, 4))),
@@ -254,11 +254,9 @@ _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a pro
 
 def _decode(problem: Problem) -> Iterator[DecodePlan]:
     tiles = 1 if problem.M <= 4 else 2 if problem.M <= 8 else 4
-    subgroups = max(1, 128 // problem.group_columns)
     for strips, warps_n, warps_k, depth, chunk in _DECODE[tiles][problem.bits]:
-        step = tiles * (1024 + 256 * subgroups)
-        sums = 256 * tiles * strips * warps_n * warps_k
-        room = _SHARED_MEMORY.get(problem.capability, 99) * 1024 - sums
+        step = tiles * _step_bytes(problem)
+        room = _room(problem, tiles * strips * warps_n * warps_k)
         while chunk > 1 and 2 * chunk * warps_k * step > room:
             chunk //= 2
         rounds = -(-problem.steps // warps_k)
@@ -272,11 +270,42 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
             plans.append(one_by_one)
         yield from plans
         if tiles == 1:
-            for plan in plans:
-                # passes of two steps a warp over the steps of a program
-                own = math.ceil(math.ceil(rounds / plan.split) / (2 * warps_n)) * 2 * warps_n
-                if own * warps_k * step <= room:
-                    yield replace(plan, depth=depth, chunk=own, own_digits=True)
+            own = (with_own_digits(problem, replace(plan, depth=depth)) for plan in plans)
+            yield from (plan for plan in own if plan is not None)
+
+
+def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
+    """The same tiles for programs that find the digits of x themselves; None where these do not fit."""
+    rounds = math.ceil(math.ceil(problem.steps / plan.warps_k) / plan.split)
+    chunk = math.ceil(rounds / (2 * plan.warps_n)) * 2 * plan.warps_n  # whole passes of two steps a warp
+    room = _room(problem, plan.strips * plan.warps_n * plan.warps_k)
+    if problem.M > 4 or chunk * plan.warps_k * _step_bytes(problem) > room:
+        return None
+    return replace(plan, chunk=chunk, own_digits=True)
+
+
+def _step_bytes(problem: Problem) -> int:
+    """Of digits and sums, for four rows of x."""
+    return 1024 + 256 * max(1, 128 // problem.group_columns)
+
+
+def _room(problem: Problem, partial_sums: int) -> int:
+    """Bytes of shared memory for digits, beside partial sums of so many strips for four rows of x."""
+    return _SHARED_MEMORY.get(problem.capability, 99) * 1024 - 256 * partial_sums
+
+
+def alone_or_not(problem: Problem, plan: DecodePlan) -> DecodePlan:
+    """A plan measured for more rows of x, with digits where they take less time for as many as there are."""
+    own = with_own_digits(problem, plan) if plan.tiles == 1 else None
+    return own if own is not None and _own_digits(problem, own) < 0 else plan
+
+
+def _own_digits(problem: Problem, plan: DecodePlan) -> float:
+    """Microseconds that passes over x by every program take more than a launch before, on an H200."""
+    if not plan.own_digits:
+        return 0.0
+    waves = 1 if plan.persistent else math.ceil(plan.programs(problem) * plan.split / problem.multiprocessors)
+    return 0.45 * problem.M * waves * plan.chunk / (2 * plan.warps_n) - 1.1
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
@@ -367,10 +396,11 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     """
     if isinstance(plan, LargePlan):
         return _large_microseconds(problem, plan)
-    blocks_m, filling = 1, 0.4
+    blocks_m, filling, digits = 1, 0.4, 0.0
     if isinstance(plan, DecodePlan):
         resident, cycles = max(1, 16 // (plan.warps_n * plan.warps_k)), 70 + 30 * plan.tiles
         filling = 0.1 if plan.persistent else 0.4
+        digits = _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):
         resident, cycles = max(1, 16 // plan.warps), 230
     else:
@@ -383,7 +413,8 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     work = problem.strips * problem.steps * busiest
     arrival = work * 256 * problem.bits / 4.3e6
     arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
-    return max(arrival, arithmetic) + filling * waves + (0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split)
+    meeting = 0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split
+    return max(arrival, arithmetic) + filling * waves + digits + meeting
 
 
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:

@@ -87,13 +87,16 @@ def inner(left: Matrix, right: Matrix) -> Tensor:
     if not len(left.high):
         return left.scale.new_zeros(len(left.scale), len(right.scale))
     cross = _multiply(left.high, right.low)
-    cross += _multiply(left.low, right.high)
-    total = _multiply(left.high, right.high).add_(cross, alpha=1 / LOW)
+    cross = _multiply(left.low, right.high, cross, 1.0)
+    total = _multiply(left.high, right.high, cross, 1 / LOW)
     return total.mul_(left.scale[:, None]).mul_(right.scale)
 
 
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T right`` of float16, summed and returned in float32."""
-    if left.is_cuda:
+def _multiply(left: Tensor, right: Tensor, added: Tensor | None = None, times: float = 0.0) -> Tensor:
+    """``left^T right + times * added`` of float16, summed and returned in float32."""
+    if not left.is_cuda:
+        total = left.float().t() @ right.float()
+        return total if added is None else total.add_(added, alpha=times)
+    if added is None:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return left.float().t() @ right.float()
+    return torch.addmm(added, left.t(), right, out_dtype=torch.float32, beta=times)

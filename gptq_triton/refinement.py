@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .halves import empty_like, inner, splittable
+from .halves import LOW, Halves, empty_like, inner, splittable
 from .hessian import Factor
 from .packing import storable
 from .quantizer import group_params
@@ -26,6 +26,7 @@ from .spec import QuantSpec
 
 CANDIDATES = 24  # ranges that are tried
 MOST_CLIPPED = 0.6  # of a range
+LONGEST_FUSED = 128  # rows of a group
 AT_ONCE = (1 << 18, 1 << 27)  # values of all candidates that are tried at once: on a CPU, on a GPU
 
 
@@ -95,6 +96,8 @@ def refine(
     factor: Factor,
     walk: Callable[[Factor, Rounded, Tensor | None], Rounded],
     rounds: int,
+    *,
+    fused: bool = False,
 ) -> Rounded:
     """Rounds of better scales and better codes; no output's loss ever rises.
 
@@ -111,6 +114,7 @@ def refine(
         walk: Rounds the columns in that order with a factor, on a grid that is given, from what is moved onto each:
             it changes codes alone.
         rounds: How often.
+        fused: As `refit_scales` takes it.
     """
     descent, metric = Descent(H, order), Metric(H)
 
@@ -118,7 +122,7 @@ def refine(
         return walk(descent.factor, rounded, descent.moved(columns, rounded))
 
     for _ in range(rounds):
-        rounded, best = refit_scales(columns, metric, rounded, spec)
+        rounded, best = refit_scales(columns, metric, rounded, spec, fused=fused)
         for tried in (descend(rounded), descend(walk(factor, rounded, None))):
             loss = losses(columns, metric, tried)
             rounded, best = tried.where(loss < best, rounded), torch.minimum(loss, best)
@@ -159,7 +163,9 @@ def losses(columns: Tensor, metric: Metric, rounded: Rounded) -> Tensor:
     return metric.gradient(error).mul_(error).sum(0, dtype=torch.float64)
 
 
-def refit_scales(columns: Tensor, metric: Metric, rounded: Rounded, spec: QuantSpec) -> tuple[Rounded, Tensor]:
+def refit_scales(
+    columns: Tensor, metric: Metric, rounded: Rounded, spec: QuantSpec, *, fused: bool = False
+) -> tuple[Rounded, Tensor]:
     """The best scale of each group under the Hessian, one group after another; codes stay.
 
     Unless the spec is symmetric, the zero point may move too: every one that can be stored is tried with its own
@@ -171,6 +177,7 @@ def refit_scales(columns: Tensor, metric: Metric, rounded: Rounded, spec: QuantS
         metric: Of H.
         rounded: Its quantized form; not changed.
         spec: The format.
+        fused: A group in one kernel, where products are made of halves.
 
     Returns:
         The quantized form, and `losses` of it.
@@ -189,6 +196,17 @@ def refit_scales(columns: Tensor, metric: Metric, rounded: Rounded, spec: QuantS
     shifts = shifts.to(gradient.device, torch.float64)[:, None]  # (Z, 1)
     names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
     spans = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+    if fused and isinstance(changes, Halves) and max(lengths) <= LONGEST_FUSED:
+        from .kernels.refit import refit
+
+        zeros = zeros.float()
+        for group, (start, stop) in zip(names, spans, strict=True):
+            before = inner(metric.products[:start, start:stop], changes[:start])
+            refit(
+                codes, metric.H, gradient, before, scales, zeros, loss, changes.high, changes.low, changes.scale,
+                group=group, first=start, count=stop - start, maxq=spec.maxq, sym=spec.sym, low_unit=LOW,
+            )  # fmt: skip
+        return Rounded(rounded.codes, scales, zeros, rounded.g_idx), loss
     for group, (start, stop) in zip(names, spans, strict=True):
         H_group = metric.H[start:stop, start:stop].double()
         scale, zero = scales[group].double(), zeros[group].double()

@@ -258,7 +258,7 @@ def _refined(
     def again_from(factor: Factor, grid: Rounded, moved: Tensor | None) -> Rounded:
         return walk(ordered, factor, order, grid, spec, given, moved)
 
-    return refine(columns, damped, found, spec, order, factor, again_from, options.refine)
+    return refine(columns, damped, found, spec, order, factor, again_from, options.refine, fused=options.fused)
 
 
 def _round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> Rounded:

@@ -370,7 +370,8 @@ def test_every_kernel_of_every_case_is_compiled_ahead_once():
     found = ahead.distinct(every)
 
     def kernel(problem: dispatch.Problem, plan: dispatch.FusedPlan) -> tuple:
-        return problem.bits, dataclasses.replace(plan, split=min(plan.split, 2))
+        rows = problem.M if isinstance(plan, dispatch.DecodePlan) and plan.own_digits else None
+        return problem.bits, rows, dataclasses.replace(plan, split=min(plan.split, 2))
 
     kernels = [kernel(*job) for job in found]
     assert len(set(kernels)) == len(kernels)

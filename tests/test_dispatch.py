@@ -208,10 +208,18 @@ def test_tables(tmp_path, monkeypatch):
         tables.case(replace(odd, M=40)): MatmulPlan(64, 128, 2, 4, 3),
         tables.case(replace(odd, M=400)): LargePlan(256, 2, 2, 3),
     }
-    assert list(plans) == ["48x640 w4 m4", "48x640 w4 m16", "48x640 w4 m64", "48x640 w4 m512"]
+    assert list(plans) == ["48x640 w4 m1", "48x640 w4 m16", "48x640 w4 m64", "48x640 w4 m512"]
     for name, plan in plans.items():  # one by one: a table grows
         tables.save("a-gpu", {name: plan})
-    assert [tables.lookup("a-gpu", replace(odd, M=M)) for M in (2, 9, 33, 500)] == list(plans.values())
+    assert [tables.lookup("a-gpu", replace(odd, M=M)) for M in (1, 9, 33, 500)] == list(plans.values())
+    assert tables.lookup("a-gpu", replace(odd, M=2)) is None
+    few = replace(odd, strips=5, M=4)
+    tables.save("a-gpu", {tables.case(few): DecodePlan(1, 1, 2, 8, 2, 4, 1)})
+    alone = tables.lookup("a-gpu", replace(few, M=1))  # a plan for more rows serves, with digits of its own
+    assert alone == DecodePlan(1, 1, 2, 8, 2, 4, 1, own_digits=True)
+    long = replace(few, steps=224)  # 28672 columns: a launch before is faster
+    tables.save("a-gpu", {tables.case(long): DecodePlan(1, 1, 2, 8, 2, 4, 1)})
+    assert tables.lookup("a-gpu", replace(long, M=1)) == DecodePlan(1, 1, 2, 8, 2, 4, 1)
     assert tables.lookup("a-gpu", replace(odd, M=400, large=False)) is None
     assert tables.lookup("another", odd) is None
     assert tables.lookup("a-gpu", replace(odd, group_columns=32)) is None

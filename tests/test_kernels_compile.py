@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 KERNELS = Path(__file__).parent.parent / "kernels"
-POINTERS = ("x", "i32", "u8", "fp16", "fp32")
+POINTERS = ("x", "i32", "u8", "fp16", "fp32", "fp64")
 UNALIGNED = (
     "M",
     "group_steps",
@@ -37,7 +37,7 @@ NO_PLAN = (None, None, 4, 2, None)
 
 def plans(module: str, arch: str, dtype: str) -> tuple[tuple[int | None, ...], ...]:
     """(block_m, block_n, num_warps, num_stages, max_registers) to try."""
-    if module in ("solve", "clip"):
+    if module in ("solve", "clip", "refit"):
         tiles = importlib.import_module(f"gptq_triton.kernels.{module}").TILES
         return tuple((None, block_n, num_warps, 1, None) for block_n, num_warps in tiles)
     if module != "matmul":
@@ -81,6 +81,7 @@ def compile_variant(variant: dict, plan: tuple, arch: str, dtype: str, bits: int
     constants |= {name: value for name, value in variant.items() if value not in POINTERS}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {name: "*" + (dtype if value == "x" else value) for name, value in variant.items() if value in POINTERS}
+    types |= {"low_unit": "fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     attrs = {
         (i,): [["tt.divisibility", 16]]
@@ -134,7 +135,7 @@ def test_variant_compiles_and_fits(module, index, arch, dtype, bits, plan, tmp_p
         assert "st.shared" not in loop
 
 
-@pytest.mark.parametrize("module", ["matmul", "dequantize", "gather", "solve", "clip"])
+@pytest.mark.parametrize("module", ["matmul", "dequantize", "gather", "solve", "clip", "refit"])
 def test_ragged_shapes_compile_and_fit(module):
     # unaligned rows take an address and a mask per element: a few spilled bytes are allowed
     for variant in importlib.import_module(f"gptq_triton.kernels.{module}").VARIANTS:

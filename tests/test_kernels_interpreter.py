@@ -12,11 +12,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptq_triton import reference
+from gptq_triton import halves, reference
 from gptq_triton import walk as walking
 from gptq_triton.hessian import Hessian, factorize
 from gptq_triton.layout import TiledWeight, tile_weight
 from gptq_triton.quantizer import encode
+from gptq_triton.refinement import Metric, kept_shares, losses, refit_scales
 from gptq_triton.solver import SolverOptions, _order, _round_to_nearest
 from gptq_triton.spec import BITS, QuantSpec
 from gptq_triton.walk import find_group, walk
@@ -226,6 +227,70 @@ def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_gro
     assert torch.equal(got_zeros, zeros)
     codes[written] = 77
     assert (codes == 77).all()
+
+
+@QUICK
+@given(
+    bits=st.sampled_from(BITS),
+    sym=st.booleans(),
+    K=st.integers(1, 300),
+    length=st.sampled_from((1, 7, 32, 128, 200, 300)),
+    N=st.integers(1, 20),
+    scale_dtype=st.sampled_from((torch.float16, torch.float32)),
+    seed=st.integers(0, 99),
+)
+def test_clip_finds_the_best_candidate(bits, sym, K, length, N, scale_dtype, seed):
+    spec, options = QuantSpec(bits, -1, sym), SolverOptions(clip=True, scale_dtype=scale_dtype)
+    columns = random_rows(K, N, torch.float32, seed=seed)
+    columns[:, 0] = 0
+    cost = torch.rand(K, generator=generator(seed + 1)) + 1e-3
+    from gptq_triton.kernels.clip import clip
+
+    keep = kept_shares(torch.device("cpu"))
+    scales, zeros = clip(guarded(columns), guarded(cost), keep, length, spec.maxq, sym, scale_dtype)
+    expected = walking.clipped(columns, cost, length, spec, options)
+    same = (scales == expected[0]) & (zeros == expected[1])
+    assert same.float().mean() > 0.9  # the others are nearly as good
+
+    def loss(scales, zeros):
+        s, z = (t.double().repeat_interleave(length, 0)[:K] for t in (scales, zeros))
+        q = (encode(columns, s.float(), z.float(), spec.maxq) - z) * s
+        miss = cost[:, None].double() * (columns.double() - q).square()
+        return torch.stack([part.sum(0) for part in miss.split(length)])
+
+    best = loss(*expected)
+    assert bool((loss(scales, zeros) <= best * (1 + 1e-4) + 1e-12).all())
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    bits=st.sampled_from(BITS),
+    sym=st.booleans(),
+    K=st.integers(2, 200),
+    length=st.sampled_from((16, 50, 128)),
+    N=st.integers(1, 9),
+    scattered=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_refit_is_the_step_of_refit_scales(bits, sym, K, length, N, scattered, seed):
+    spec, options = QuantSpec(bits, length, sym), SolverOptions()
+    with mock.patch.object(halves, "has_tensor_cores", return_value=True):
+        columns, _, order, grid, *_ = layer_problem(K, N, spec, options, seed)
+        mix = torch.randn(2 * K, K, generator=generator(seed))
+        metric = Metric(mix.t() @ mix + torch.eye(K))
+        if scattered:
+            grid = replace(grid, g_idx=grid.g_idx[order])
+        codes = encode(columns, grid.scales.float()[grid.g_idx], grid.zeros[grid.g_idx], spec.maxq)
+        grid = replace(grid, codes=codes.to(torch.uint8))
+        (eager, eager_loss), (fused, fused_loss) = (
+            refit_scales(columns, metric, grid, spec, fused=f) for f in (False, True)
+        )
+        lost = losses(columns, metric, fused)
+    assert torch.equal(fused.codes, eager.codes)
+    same = (fused.scales == eager.scales) & (fused.zeros == eager.zeros)
+    assert same.all(0).float().mean() >= 1 - 1 / N  # ties, and what rounds near one
+    torch.testing.assert_close(fused_loss, eager_loss, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(fused_loss, lost, rtol=1e-3, atol=1e-5 * float(metric.H.diagonal().sum()))
 
 
 def layer_problem(K, N, spec, options, seed):

@@ -326,7 +326,7 @@ def test_tuning_keeps_the_fastest(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "_copies", lambda weight: [weight])
     lines: list[str] = []
     tiled = tile_weight(random_weight(4096, 64, 4, 128))
-    best = tuning.tune([tiled, tiled], rows=(1, 40), say=lines.append)
+    best = tuning.tune([tiled, tiled], rows=(3, 40), say=lines.append)
     assert list(best) == ["64x4096 w4 m4", "64x4096 w4 m64"]
     assert isinstance(best["64x4096 w4 m4"], DecodePlan)
     assert best["64x4096 w4 m4"].split == 2

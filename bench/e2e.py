@@ -26,6 +26,7 @@ from ledger import Ledger
 from method import Captured, capture, interleaved
 from record import folder, provenance
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from weights import random_weight
 
 import gptq_triton
@@ -39,7 +40,8 @@ JOBS = ("decode-1", "decode-16", "prefill", "lora")
 METHOD = (
     f"random weights; decode: prompt {PROMPT}, static cache {CACHE}, torch.compile, CUDA graph of {STEPS} greedy "
     f"steps; prefill: {PREFILL} tokens, eager; lora: {LORA_BATCH} x {LORA_TOKENS} tokens, rank {LORA_RANK} on every "
-    "decoder layer, AdamW, eager; kinds interleaved, medians; linear: the decoder's linear layers alone, in a graph"
+    "decoder layer, AdamW, eager; kinds interleaved, medians; linear: the decoder's linear layers alone, in a graph; "
+    "pdl: with torch._inductor.config.triton.enable_pdl, which lets a kernel begin before the one before it ends"
 )
 
 
@@ -218,10 +220,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no job after so many seconds")
     parser.add_argument("--renew", action="store_true", help="measure again what another commit measured")
+    parser.add_argument("--pdl", action="store_true", help="compile with torch._inductor.config.triton.enable_pdl")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     started = time.perf_counter()
     torch._dynamo.config.recompile_limit = 64  # one compiled forward for each kind and batch
+    inductor.triton.enable_pdl = options.pdl
     kinds = models(options.layers, options.bits)
     if options.kinds:
         kinds = {kind: kinds[kind] for kind in options.kinds}
@@ -230,14 +234,15 @@ def main() -> None:
         options.out or folder() / "e2e.json",
         provenance(METHOD) | {"layers": options.layers},
         renew=options.renew,
-        identity=("job", "kind"),
+        identity=("job", "kind", "pdl"),
     )
     for job in sorted(options.jobs, key=JOBS.index):
         if time.perf_counter() - started > options.seconds:
             break
-        if all(ledger.has({"job": job, "kind": kind}) for kind in kinds):
+        how = {"pdl": True} if options.pdl else {}
+        if all(ledger.has({"job": job, "kind": kind} | how) for kind in kinds):
             continue
-        rows = measure(job, kinds)
+        rows = [row | how for row in measure(job, kinds)]
         ledger.add(rows)
         for row in rows:
             print(row, flush=True)

@@ -21,6 +21,7 @@ import torch
 from ledger import Ledger
 from method import interleaved
 from record import folder, provenance
+from torch._inductor import config as inductor
 
 from gptq_triton.integrations.generation import GraphedDecoding
 
@@ -88,16 +89,19 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=["4-bit fused"], help="of models, as in e2e.json")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--pdl", action="store_true", help="compile with torch._inductor.config.triton.enable_pdl")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    inductor.triton.enable_pdl = options.pdl
     torch._dynamo.config.recompile_limit = 64
     run = provenance(METHOD) | {"layers": options.layers}
-    ledger = Ledger(options.out or folder() / "generate.json", run, renew=True, identity=("job", "kind", "way"))
+    ledger = Ledger(options.out or folder() / "generate.json", run, renew=True, identity=("job", "kind", "way", "pdl"))
     kinds = e2e.models(options.layers, 4)
     print("models made", flush=True)
     for kind in options.kinds:
         for batch in options.batches:
-            ledger.add({"kind": kind} | row for row in measure(kinds[kind], batch, options.ways))
+            how = {"kind": kind} | ({"pdl": True} if options.pdl else {})
+            ledger.add(how | row for row in measure(kinds[kind], batch, options.ways))
 
 
 if __name__ == "__main__":

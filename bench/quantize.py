@@ -15,6 +15,7 @@ import copy
 import functools
 import gc
 import hashlib
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -123,6 +124,13 @@ def measure_solver(N: int, K: int, desc_act: bool) -> dict[str, Any]:
     }
 
 
+def make_model(source: Path, layers: int) -> None:
+    """Save a model with random weights."""
+    from e2e import llama
+
+    llama(layers).save_pretrained(source)
+
+
 def measure_model(source: Path, desc_act: bool, switches: str) -> dict[str, Any]:
     """From disk to disk."""
     from transformers import AutoModelForCausalLM
@@ -131,6 +139,7 @@ def measure_model(source: Path, desc_act: bool, switches: str) -> dict[str, Any]
     gc.collect()  # models before this one
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
     laps: dict[str, float] = {}
     began = last = time.perf_counter()
 
@@ -158,6 +167,7 @@ def measure_model(source: Path, desc_act: bool, switches: str) -> dict[str, Any]
         **laps,
         "solve_s": round(sum(report.seconds for report in reports), 2),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "held_before_gb": round(held / 1e9, 2),
         "checkpoint_gb": round(size / 1e9, 3),
         "rounded_to_nearest": sum(report.method == "rtn" for report in reports),
     }
@@ -245,10 +255,12 @@ def main() -> None:
                     add(measure_solver(N, K, desc_act))
         if "model" in options.parts:
             source = options.folder or Path(tempfile.mkdtemp()) / "model"
-            if not source.exists():
-                from e2e import llama
-
-                llama(options.layers).save_pretrained(source)
+            if not source.exists():  # made by another process, so that none of it stays on this one's GPU
+                maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(source, options.layers))
+                maker.start()
+                maker.join()
+                if maker.exitcode:
+                    raise RuntimeError(f"the model was not made: exit code {maker.exitcode}")
             for switches in options.switches:
                 for desc_act in (False, True):
                     add(measure_model(source, desc_act, switches))

@@ -19,6 +19,7 @@ from .hessian import Hessian
 from .journal import Journal
 from .layers import find_layers, weight_of
 from .linear import QuantLinear
+from .moving import Mover
 from .ranks import Ranks
 from .solver import Solution, solve
 from .streaming import (
@@ -165,13 +166,16 @@ def quantize_model(
         feedback = method == "gptq" and any(target.config.feedback for target in plan.values())
         ideal = hidden if feedback else []  # hidden states of the full-precision model
         masks = [batch["attention_mask"].bool().to(device) if "attention_mask" in batch else None for batch in batches]
-        with tqdm(total=len(plan), desc="quantizing", unit="layer", disable=not progress or ranks.rank > 0) as bar:
+        silent = not progress or ranks.rank > 0
+        with Mover(device) as mover, tqdm(total=len(plan), desc="quantizing", unit="layer", disable=silent) as bar:
+            homes = {name: next(block.parameters()).device for name, block in parts.items()}
             for index, (block_name, block) in enumerate(parts.items()):
-                home = next(block.parameters()).device
                 calls_here = calls[index] if block_name in blocks else [((), {})] * len(batches)
                 targets = {n: item for n, item in plan.items() if f"{n}.".startswith(block_name + ".")}
                 if block_name in blocks:
-                    block.to(device)
+                    mover.take(block)
+                    if index + 1 < len(blocks):
+                        mover.fetch(list(blocks.values())[index + 1])
                 elif targets:
                     hidden, ideal = (
                         head_inputs(model, blocks.values(), block, batches, states, device) if states else []
@@ -194,11 +198,12 @@ def quantize_model(
                         weight_of(targets[name].layer).copy_(layer.to(device).dequantize(torch.float32))
                     bar.update(len(targets))
                 if index + 1 < len(parts):
-                    hidden = [run(batch) for batch in range(len(batches))]
                     ideal = [full.output(batch) for batch in range(len(batches))] if full else []
+                    for batch in range(len(batches)):
+                        hidden[batch] = run(batch)
                 for name, layer in packed.items():
                     model.set_submodule(name, layer)
-                model.get_submodule(block_name).to(home)
+                mover.leave(model.get_submodule(block_name), homes[block_name])
                 reports += found
     finally:
         model.train(training)

@@ -188,8 +188,6 @@ def decode_kernel(
     STEP_WORDS: gl.constexpr = 64 * T.bits
     WIDTH: gl.constexpr = 64 * SUBGROUPS  # of the sums of a step and tile
     ROWS: gl.constexpr = CHUNK * WARPS_K * TILES
-    if PDL:
-        do(LAUNCH_DEPENDENTS)
 
     # Which tiles are mine: strips S * tile ..., rounds lo ... hi of WARPS_K steps
     pid_k = gl.program_id(1)
@@ -225,6 +223,7 @@ def decode_kernel(
         step += WARPS_K
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
+        do(LAUNCH_DEPENDENTS)  # what follows may count on those kernels without waiting for this one
     first = lo * WARPS_K
     if OWN_ROWS:
         if ALIGNED:

@@ -50,7 +50,7 @@ def digits_kernel(
 ):
     """BLOCK steps of one row of x a program."""
     if PDL:
-        gdc_launch_dependents()
+        gdc_launch_dependents()  # the product, which waits for this kernel
     # Which steps are mine
     m = tl.program_id(1)
     step = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -247,6 +247,7 @@ def _copy(x, sources, ring, M, N, steps, split, C: gl.constexpr):
         _copy_weight(sources, ring, i, first_n, first_step + i, C)
     if C.pdl:
         do(WAIT_FOR_EARLIER)
+        do(LAUNCH_DEPENDENTS)  # what follows may count on the kernels before without waiting for this one
     for i in range(ahead):
         _copy_x(x, ring, i, first_m, first_step + i, C)
 
@@ -340,8 +341,6 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
 @gluon.jit(do_not_specialize=["M", "N", "steps", "split"], do_not_specialize_on_alignment=["bias_ptr"])
 def large_kernel(x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr, M, N, steps, split, C: gl.constexpr):
     """As many programs as there are multiprocessors, or units of work if these are fewer."""
-    if C.pdl:
-        do(LAUNCH_DEPENDENTS)
     xs = gl.allocate_shared_memory(C.half, [2 * C.stages, C.block_m, 64], ROWS_LAYOUT)
     ws = gl.allocate_shared_memory(gl.int32, [C.vectors * C.stages, STRIPS * C.groups, 128], FLAT_LAYOUT)
     rs = ws

@@ -124,8 +124,6 @@ def wide_kernel(
     STEP_WORDS: gl.constexpr = 64 * T.bits
     DIGITS: gl.constexpr = 64 * 16  # words of a step
     WIDTH: gl.constexpr = 2 * SUBGROUPS * 16
-    if PDL:
-        do(LAUNCH_DEPENDENTS)
 
     # Which tile is mine: strips WARPS * pid_n ..., steps lo ... hi
     pid_n = gl.program_id(0)
@@ -161,6 +159,7 @@ def wide_kernel(
         step += 1
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
+        do(LAUNCH_DEPENDENTS)  # what follows may count on those kernels without waiting for this one
     present = gl.expand_dims(row + lo < hi, 1)
     async_copy.async_copy_global_to_shared(digit_chunks.index(0), digits_ptr + lo * DIGITS + digit_offs, mask=present)
     async_copy.async_copy_global_to_shared(sum_chunks.index(0), sums_ptr + lo * WIDTH + sum_offs, mask=present)

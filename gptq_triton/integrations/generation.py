@@ -19,7 +19,6 @@ __all__ = ["GraphedDecoding"]
 
 _PASSED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 _ROUND = 256  # lengths of caches are multiples, so that few graphs serve prompts of any length
-_BLOCK = 8  # steps of one graph where nothing but the end of the text depends on a token
 _BLOCK = 8  # steps in a row in one graph, where a token decides nothing but the next one and the end
 _TRIALS = 2  # steps before the capture, of which the first compiles; the cache must have room for them
 

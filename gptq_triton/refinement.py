@@ -11,6 +11,7 @@ Source of the descent over codes: Behdin et al., "QuantEase: Optimization-based 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -262,6 +263,7 @@ def clipped_params(rows: Tensor, importance: Tensor, maxq: int, sym: bool, dtype
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
+@functools.cache
 def kept_shares(device: torch.device) -> Tensor:
     """What is kept of a range, float32 (CANDIDATES,)."""
     return 1 - torch.arange(CANDIDATES, device=device) / CANDIDATES * MOST_CLIPPED

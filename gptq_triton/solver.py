@@ -22,7 +22,7 @@ from .packing import PackedWeight, pack_weight, storable, trivial_g_idx
 from .quantizer import encode
 from .refinement import Rounded, refine
 from .spec import QuantSpec
-from .walk import clipped, find_group, walk
+from .walk import find_groups, walk
 
 logger = logging.getLogger(__name__)
 
@@ -262,24 +262,21 @@ def _refined(
 
 
 def _round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> Rounded:
-    g_idx = trivial_g_idx(len(columns), spec.group_size, columns.device).long()
-    length, N = spec.rows_per_group(len(columns)), columns.shape[1]
-    if options.clip:
-        scales, zeros = clipped(columns, cost, length, spec, options)
-        scales = storable(scales, scales.dtype)
-    else:
-        # all whole groups at once, as rows of one matrix; a search makes temporaries of that size, so one by one
-        whole = 0 if options.mse else len(columns) // length
+    K, N = columns.shape
+    g_idx = trivial_g_idx(K, spec.group_size, columns.device).long()
+    length = spec.rows_per_group(K)
+    scales = torch.empty(spec.groups(K), N, dtype=options.scale_dtype, device=columns.device)
+    zeros = torch.empty(scales.shape, device=columns.device)
+    # all whole groups at once, as rows of one matrix; a search makes temporaries of that size
+    whole = 0 if options.mse or options.clip else K // length
+    if whole:
+        rows = columns[: whole * length].unflatten(0, (whole, length)).transpose(0, 1).flatten(1)
+        found = scales[:whole].view(1, -1), zeros[:whole].view(1, -1)
+        find_groups(rows, cost[:length], length, spec, options, *found)
+    if whole < len(scales):
         first = whole * length
-        rest = (
-            zip(columns[first:].split(length), cost[first:].split(length), strict=True) if first < len(columns) else ()
-        )
-        found = [tuple(t[None] for t in find_group(rows, costs, spec, options)) for rows, costs in rest]
-        if whole:
-            rows = columns[:first].unflatten(0, (whole, length)).transpose(0, 1).flatten(1)
-            scale, zero = find_group(rows, cost[:length], spec, options)
-            found.insert(0, (scale.view(whole, N), zero.view(whole, N)))
-        scales, zeros = (torch.cat(values) for values in zip(*found, strict=True))
+        find_groups(columns[first:], cost[first:], length, spec, options, scales[whole:], zeros[whole:])
+    scales = storable(scales, scales.dtype)
     codes = encode(columns, scales.float()[g_idx], zeros[g_idx], spec.maxq)
     return Rounded(codes.to(torch.uint8), scales, zeros, g_idx)
 

@@ -100,9 +100,10 @@ def walk(
                 if end > stop:
                     rows = columns[start:end]
                     if start:
-                        here = unit[start:end, start:end].t()
-                        rows = rows + solve_triangular(here, reach(start, end, start), upper=False, unitriangular=True)
-                scales[group], zeros[group] = find_group(rows, factor.cost[start:end], spec, options)
+                        ahead = unit[start:end, start:end].t()
+                        rows = rows + solve_triangular(ahead, reach(start, end, start), upper=False, unitriangular=True)
+                here = scales[group : group + 1], zeros[group : group + 1]
+                find_groups(rows, factor.cost[start:end], end - start, spec, options, *here)
             step(tile, spread, start)
             own = change[inside].sub_(tile)
             near[stop - first :].addmm_(unit[start:stop, stop:last].t(), own)
@@ -110,31 +111,38 @@ def walk(
     return Rounded(codes, storable(scales, scales.dtype), zeros, grid.g_idx)
 
 
-def find_group(rows: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple[Tensor, Tensor]:
-    """Scale as it will be stored, and zero point, of the (rows, N) of one group; cost of their errors, (rows,)."""
-    if options.clip:
-        scales, zeros = clipped(rows, cost, len(rows), spec, options)
-        return scales[0], zeros[0]
-    scale, zero = group_params(rows.t(), spec.maxq, spec.sym, options.mse)
-    return storable(scale, options.scale_dtype), zero
+def find_groups(
+    columns: Tensor,
+    cost: Tensor,
+    length: int,
+    spec: QuantSpec,
+    options: SolverOptions,
+    scales: Tensor,
+    zeros: Tensor,
+) -> None:
+    """Scales as they will be stored, and zero points, of groups of columns.
 
-
-def clipped(
-    columns: Tensor, cost: Tensor, length: int, spec: QuantSpec, options: SolverOptions
-) -> tuple[Tensor, Tensor]:
-    """Scales and zero points, both (G, N), of groups of so many of the (K, N) columns, their ranges shrunk.
-
-    On a GPU a scale beyond its dtype is left infinite.
+    Args:
+        columns: float32 (K, N).
+        cost: Of their errors, (K,).
+        length: Columns of a group; the last may have fewer.
+        spec: The format.
+        options: How.
+        scales: (G, N), overwritten; on a GPU one beyond its dtype is left infinite.
+        zeros: float32 (G, N), overwritten.
     """
-    if options.fused and columns.is_cuda:
+    if options.clip and options.fused and columns.is_cuda:
         from .kernels.clip import clip
 
         keep = kept_shares(columns.device)
-        return clip(columns.contiguous(), cost, keep, length, spec.maxq, spec.sym, options.scale_dtype)
-    groups = zip(columns.split(length), cost.split(length), strict=True)
-    found = [clipped_params(*group, spec.maxq, spec.sym, options.scale_dtype) for group in groups]
-    scales, zeros = (torch.stack(values) for values in zip(*found, strict=True))
-    return scales, zeros
+        clip(columns.contiguous(), cost, keep, scales, zeros, length=length, maxq=spec.maxq, sym=spec.sym)
+        return
+    for group, (rows, costs) in enumerate(zip(columns.split(length), cost.split(length), strict=True)):
+        if options.clip:
+            scale, zero = clipped_params(rows, costs, spec.maxq, spec.sym, scales.dtype)
+        else:
+            scale, zero = group_params(rows.t(), spec.maxq, spec.sym, options.mse)
+        scales[group], zeros[group] = storable(scale, scales.dtype), zero
 
 
 @dataclass(frozen=True, eq=False)

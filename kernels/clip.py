@@ -5,15 +5,18 @@
 same to the bit; the sums that choose between candidates are added in another order.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import run
 from .solve import grid_of, to_nearest
 
 
-@triton.jit(do_not_specialize=["total", "length", "maxq", "candidates"])
+@triton.jit(
+    do_not_specialize=["total", "length", "maxq", "N", "candidates"],
+    do_not_specialize_on_alignment=["cost_ptr", "scales_ptr", "zeros_ptr"],
+)
 def clip_kernel(
     rows_ptr,
     cost_ptr,
@@ -27,10 +30,13 @@ def clip_kernel(
     candidates,
     SYM: tl.constexpr,
     SHORT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """BLOCK_N outputs of one group a program; a SHORT group stays in registers."""
+    if ALIGNED:
+        N = tl.multiple_of(N, 16)
     group = tl.program_id(1)
     first = group.to(tl.int64) * length
     count = tl.minimum(total - group * length, length)
@@ -91,54 +97,36 @@ def clip(
     rows: Tensor,
     cost: Tensor,
     keep: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    *,
     length: int,
     maxq: int,
     sym: bool,
-    dtype: torch.dtype,
-    *,
     block_n: int = 16,
     num_warps: int = 4,
-) -> tuple[Tensor, Tensor]:
-    """Launch on the current stream of the rows' device.
+) -> None:
+    """Launch on the current stream of the rows' device; all are contiguous.
 
     Args:
-        rows: float32 (K, N), contiguous.
+        rows: float32 (K, N).
         cost: What the square of an error in each input costs, >= 0, float32 (K,).
         keep: Shares of a group's whole range that are tried, float32.
+        scales: 16 bits or float32 (G, N), overwritten; infinite where their dtype cannot hold them.
+        zeros: Integral zero points, float32 (G, N), overwritten.
         length: Rows of a group; the last may have fewer.
         maxq: Largest code.
         sym: Zero points are (maxq + 1) / 2.
-        dtype: What scales are stored in.
         block_n: Outputs of a program, a power of two.
         num_warps: Warps per program.
-
-    Returns:
-        Scales, dtype (G, N), > 0, infinite where dtype cannot hold them, and zero points, integral, float32 (G, N).
     """
     K, N = rows.shape
-    groups = triton.cdiv(K, length)
-    scales = torch.empty(groups, N, dtype=dtype, device=rows.device)
-    zeros = torch.empty(groups, N, dtype=torch.float32, device=rows.device)
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}  # of the launch
-    with torch.cuda.device_of(rows):
-        clip_kernel[(triton.cdiv(N, block_n), groups)](
-            rows_ptr=rows,
-            cost_ptr=cost,
-            keep_ptr=keep,
-            scales_ptr=scales,
-            zeros_ptr=zeros,
-            total=K,
-            length=length,
-            maxq=maxq,
-            N=N,
-            candidates=len(keep),
-            SYM=sym,
-            SHORT=min(length, K) <= BLOCK_R,
-            BLOCK_R=BLOCK_R,
-            BLOCK_N=block_n,
-            **options,  # pyright: ignore[reportArgumentType]
-        )
-    return scales, zeros
+    constants = {
+        "SYM": sym, "SHORT": min(length, K) <= BLOCK_R, "ALIGNED": N % 16 == 0, "BLOCK_R": BLOCK_R, "BLOCK_N": block_n,
+    }  # fmt: skip
+    pointers, integers = (rows, cost, keep, scales, zeros), (K, length, maxq, N, len(keep))
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    run(clip_kernel, (triton.cdiv(N, block_n), triton.cdiv(K, length)), pointers, integers, constants, **options)
 
 
 BLOCK_R = 128  # rows that a program keeps
@@ -146,7 +134,7 @@ BLOCK_R = 128  # rows that a program keeps
 _POINTERS = {"rows_ptr": "fp32", "cost_ptr": "fp32", "keep_ptr": "fp32", "scales_ptr": "x", "zeros_ptr": "fp32"}
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of scales) and constants
 VARIANTS = tuple(
-    {"kernel": clip_kernel, **_POINTERS, "SYM": sym, "SHORT": short, "BLOCK_R": BLOCK_R}
+    {"kernel": clip_kernel, **_POINTERS, "SYM": sym, "SHORT": short, "ALIGNED": short, "BLOCK_R": BLOCK_R}
     for sym, short in ((True, True), (False, True), (False, False))
 )
 # Outputs of a program and warps: the launcher's default

@@ -6,6 +6,7 @@ waits for it. Kernels that are launched here specialize on no argument, so const
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,3 +62,45 @@ def prepare(
         run(grid_x, grid_y, 1, stream, function, metadata, None, None, None, *arguments, *rest)
 
     return launch
+
+
+def run(
+    kernel: Any,
+    grid: tuple[int, int],
+    pointers: tuple[Tensor | None, ...],
+    integers: tuple[int, ...],
+    constants: dict[str, Any],
+    **options: Any,
+) -> None:
+    """Launch on the current stream of the first pointer's device.
+
+    Args:
+        kernel: As `prepare` takes it.
+        grid: Programs.
+        pointers: What its first parameters are; None where a tensor is absent.
+        integers: What follows.
+        constants: By name.
+        options: Of the launch.
+    """
+    place = next(tensor for tensor in pointers if tensor is not None)
+    if not place.is_cuda:  # Triton's interpreter
+        kernel[grid](*pointers, *integers, **constants, **options)
+        return
+    device = place.get_device()
+    dtypes = tuple(None if tensor is None else tensor.dtype for tensor in pointers)
+    launch = _kept(kernel, device, dtypes, len(integers), tuple(constants.items()), tuple(options.items()))
+    with torch.cuda.device(device):
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        launch(*grid, stream, *[None if tensor is None else tensor.data_ptr() for tensor in pointers], *integers)
+
+
+@functools.cache
+def _kept(
+    kernel: Any,
+    device: int,
+    dtypes: tuple[Any, ...],
+    integers: int,
+    constants: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...],
+) -> Launch:
+    return prepare(kernel, device, dtypes, integers, dict(constants), **dict(options))

@@ -6,13 +6,14 @@
 float64: losses are differences of what is larger by orders of magnitude.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import run
 
-@triton.jit(do_not_specialize=["first", "count", "maxq", "group"])
+
+@triton.jit(do_not_specialize=["group", "first", "count", "maxq", "N", "stride_h"])
 def refit_kernel(
     codes_ptr,
     h_ptr,
@@ -30,13 +31,16 @@ def refit_kernel(
     maxq,
     N,
     stride_h,
-    low_unit,
     SYM: tl.constexpr,
+    LOW_UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """BLOCK_N outputs a program: their codes stay in registers, rows of H pass by."""
     # Load the group
+    if ALIGNED:
+        N = tl.multiple_of(N, 16)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_n, mask_r = offs_n < N, offs_r < count
@@ -102,7 +106,7 @@ def refit_kernel(
     scaled = change.to(tl.float32) / unit[None, :]
     high = scaled.to(tl.float16)
     tl.store(high_ptr + rows, high, mask=mask)
-    tl.store(low_ptr + rows, ((scaled - high.to(tl.float32)) * low_unit).to(tl.float16), mask=mask)
+    tl.store(low_ptr + rows, ((scaled - high.to(tl.float32)) * LOW_UNIT).to(tl.float16), mask=mask)
 
 
 def refit(
@@ -149,31 +153,12 @@ def refit(
         num_warps: Warps per program.
     """
     N = codes.shape[1]
-    options = {"num_warps": num_warps}  # of the launch
-    with torch.cuda.device_of(codes):
-        refit_kernel[(triton.cdiv(N, block_n),)](
-            codes_ptr=codes,
-            h_ptr=H,
-            gradient_ptr=gradient,
-            before_ptr=before,
-            scales_ptr=scales,
-            zeros_ptr=zeros,
-            loss_ptr=loss,
-            high_ptr=high,
-            low_ptr=low,
-            units_ptr=units,
-            group=group,
-            first=first,
-            count=count,
-            maxq=maxq,
-            N=N,
-            stride_h=H.stride(0),
-            low_unit=low_unit,
-            SYM=sym,
-            BLOCK_R=BLOCK_R,
-            BLOCK_N=block_n,
-            **options,  # pyright: ignore[reportArgumentType]
-        )
+    pointers = codes, H, gradient, before, scales, zeros, loss, high, low, units
+    constants = {
+        "SYM": sym, "LOW_UNIT": low_unit, "ALIGNED": N % 16 == 0, "BLOCK_R": BLOCK_R, "BLOCK_N": block_n,
+    }  # fmt: skip
+    integers = group, first, count, maxq, N, H.stride(0)
+    run(refit_kernel, (triton.cdiv(N, block_n), 1), pointers, integers, constants, num_warps=num_warps)
 
 
 BLOCK_R = 128  # rows of the longest group
@@ -191,6 +176,9 @@ _POINTERS = {
     "units_ptr": "fp32",
 }
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of scales) and constants
-VARIANTS = tuple({"kernel": refit_kernel, **_POINTERS, "SYM": sym, "BLOCK_R": BLOCK_R} for sym in (True, False))
+VARIANTS = tuple(
+    {"kernel": refit_kernel, **_POINTERS, "SYM": sym, "LOW_UNIT": 2048.0, "ALIGNED": sym, "BLOCK_R": BLOCK_R}
+    for sym in (True, False)
+)
 # Outputs of a program and warps: the launcher's default
 TILES = ((4, 1),)

@@ -8,10 +8,11 @@ eager loop rounds it: codes are the same, bit for bit.
 Source: Frantar et al., "GPTQ" (2022), algorithm 1, its inner loop.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import run
 
 
 @triton.jit
@@ -38,7 +39,9 @@ def grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
     return tl.maximum(exact.to(dtype).to(tl.float32), tiny), zero
 
 
-@triton.jit(do_not_specialize=["first", "count", "maxq"])
+@triton.jit(
+    do_not_specialize=["first", "count", "maxq", "N", "stride_spread"], do_not_specialize_on_alignment=["spread_ptr"]
+)
 def solve_kernel(
     tile_ptr,
     spread_ptr,
@@ -55,6 +58,7 @@ def solve_kernel(
     stride_spread,
     FIND: tl.constexpr,
     SYM: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -65,6 +69,8 @@ def solve_kernel(
     of the loop.
     """
     # Which rows are mine
+    if ALIGNED:
+        N = tl.multiple_of(N, 16)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n = offs_n < N
@@ -150,28 +156,13 @@ def solve(
         num_warps: Warps per program.
     """
     count, N = tile.shape
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}  # of the launch
-    with torch.cuda.device_of(tile):
-        solve_kernel[(triton.cdiv(N, block_n),)](
-            tile_ptr=tile,
-            spread_ptr=spread,
-            groups_ptr=groups,
-            runs_ptr=runs,
-            positions_ptr=positions,
-            scales_ptr=scales,
-            zeros_ptr=zeros,
-            codes_ptr=codes,
-            first=first,
-            count=count,
-            maxq=maxq,
-            N=N,
-            stride_spread=spread.stride(0),
-            FIND=runs is not None,
-            SYM=sym,
-            BLOCK_K=BLOCK_K,
-            BLOCK_N=block_n,
-            **options,  # pyright: ignore[reportArgumentType]
-        )
+    pointers = tile, spread, groups, runs, positions, scales, zeros, codes
+    constants = {
+        "FIND": runs is not None, "SYM": sym, "ALIGNED": N % 16 == 0, "BLOCK_K": BLOCK_K, "BLOCK_N": block_n,
+    }  # fmt: skip
+    integers = first, count, maxq, N, spread.stride(0)
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    run(solve_kernel, (triton.cdiv(N, block_n), 1), pointers, integers, constants, **options)
 
 
 BLOCK_K = 128  # columns of the longest block
@@ -188,7 +179,7 @@ _POINTERS = {
 }
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of scales) and constants
 VARIANTS = tuple(
-    {"kernel": solve_kernel, **_POINTERS, "FIND": find, "SYM": sym, "BLOCK_K": BLOCK_K}
+    {"kernel": solve_kernel, **_POINTERS, "FIND": find, "SYM": sym, "ALIGNED": sym, "BLOCK_K": BLOCK_K}
     for find, sym in ((True, False), (True, True), (False, False))
 )
 # Rows a program and warps: the launcher's default, and what else may be tried

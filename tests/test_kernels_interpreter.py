@@ -20,7 +20,7 @@ from gptq_triton.quantizer import encode
 from gptq_triton.refinement import Metric, kept_shares, losses, refit_scales
 from gptq_triton.solver import SolverOptions, _order, _round_to_nearest
 from gptq_triton.spec import BITS, QuantSpec
-from gptq_triton.walk import find_group, walk
+from gptq_triton.walk import find_groups, walk
 from tests.strategies import (
     assert_close,
     exact_rows,
@@ -166,7 +166,8 @@ def inner_loop(columns, spread, groups, runs, scales, zeros, spec, options):
     left, codes, values = columns.clone(), [], []
     for j, (group, run) in enumerate(zip(groups, runs, strict=True)):
         if run:
-            scales[group], zeros[group] = find_group(left[j : j + run], torch.ones(run), spec, options)
+            here = slice(group, group + 1)
+            find_groups(left[j : j + run], torch.ones(run), run, spec, options, scales[here], zeros[here])
         code = encode(left[j], scales[group].float(), zeros[group], spec.maxq)
         value = (code - zeros[group]) * scales[group].float()
         left[j + 1 :] -= spread[j, j + 1 :, None] * (left[j] - value)
@@ -247,8 +248,11 @@ def test_clip_finds_the_best_candidate(bits, sym, K, length, N, scale_dtype, see
     from gptq_triton.kernels.clip import clip
 
     keep = kept_shares(torch.device("cpu"))
-    scales, zeros = clip(guarded(columns), guarded(cost), keep, length, spec.maxq, sym, scale_dtype)
-    expected = walking.clipped(columns, cost, length, spec, options)
+    groups = -(-K // length)
+    scales, zeros = torch.empty(groups, N, dtype=scale_dtype), torch.empty(groups, N)
+    expected = torch.empty_like(scales), torch.empty_like(zeros)
+    clip(guarded(columns), guarded(cost), keep, scales, zeros, length=length, maxq=spec.maxq, sym=sym)
+    find_groups(columns, cost, length, spec, options, *expected)
     same = (scales == expected[0]) & (zeros == expected[1])
     assert same.float().mean() > 0.9  # the others are nearly as good
 

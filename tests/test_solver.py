@@ -13,7 +13,7 @@ from gptq_triton.packing import trivial_g_idx, unpack, unpack_zeros
 from gptq_triton.reference import dequantize
 from gptq_triton.solver import GPTQ, SolverOptions, _order, _round_to_nearest, solve
 from gptq_triton.spec import QuantSpec
-from gptq_triton.walk import _blocks, _cut, _inverses, find_group
+from gptq_triton.walk import _blocks, _cut, _inverses, find_groups
 
 
 def problem(K=96, N=24, tokens=600, seed=0):
@@ -98,9 +98,12 @@ def test_rounding_to_nearest_finds_each_group_by_itself(K, group, sym, mse):
     cost = torch.ones(K)
     nearest = _round_to_nearest(columns, cost, spec, options)
     size = spec.rows_per_group(K)
-    found = [find_group(rows, cost[: len(rows)], spec, options) for rows in columns.split(size)]
-    assert torch.equal(nearest.scales, torch.stack([scale for scale, _ in found]))
-    assert torch.equal(nearest.zeros, torch.stack([zero for _, zero in found]))
+    scales, zeros = torch.empty_like(nearest.scales), torch.empty_like(nearest.zeros)
+    for group, rows in enumerate(columns.split(size)):
+        here = slice(group, group + 1)
+        find_groups(rows, cost[: len(rows)], len(rows), spec, options, scales[here], zeros[here])
+    assert torch.equal(nearest.scales, scales)
+    assert torch.equal(nearest.zeros, zeros)
 
 
 def test_errors_are_those_of_the_outputs():

@@ -99,37 +99,48 @@ class Factor:
 def factorize(H: Tensor, order: Tensor, damp: float, dtype: torch.dtype = torch.float64) -> tuple[Factor | None, float]:
     """The factor of ``H + damping``, and the damping it took; None if none up to 1 helps.
 
-    One Cholesky of the matrix with rows and columns reversed, which gives H = R R^T with R upper.
-
     Args:
         H: (K, K), symmetric, float32.
         order: Of the factor's rows and columns, int64 (K,).
         damp: The least damping, as a fraction of the mean of H's diagonal; raised tenfold as often as needed.
         dtype: Of the arithmetic.
     """
-    mean = H.diagonal().double().mean()
-    backwards = order.flip(0)
     while True:
-        damped = H[backwards][:, backwards].to(dtype)
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            diagonal = lower.diagonal().clone()
-            unit = lower.div_(diagonal).float().flip(0, 1)
-            return Factor(unit, diagonal.flip(0).square().float()), damp
+        factor, failed = attempt(H, order, damp, dtype)
+        if not bool(failed):
+            return factor, damp
         if damp >= 1:
             return None, damp
         damp = min(10 * damp, 1.0)
 
 
-def energy(columns: Tensor, H: Tensor) -> float:
-    """``tr(E^T H E)`` for E float32 (K, N); on NVIDIA GPUs, E is rounded to bfloat16.
+def attempt(H: Tensor, order: Tensor, damp: float, dtype: torch.dtype = torch.float64) -> tuple[Factor, Tensor]:
+    """The factor of ``H + damping``, and whether it could not be found: then it holds anything.
+
+    A GPU is not waited for. One Cholesky of the matrix with rows and columns reversed gives H = R R^T with R upper.
+    Arguments are those of `factorize`.
+    """
+    backwards = order.flip(0)
+    damped = H[backwards][:, backwards].to(dtype)
+    damped.diagonal().add_(damp * H.diagonal().double().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    diagonal = lower.diagonal().clone()
+    unit = lower.div_(diagonal).float().flip(0, 1)
+    return Factor(unit, diagonal.flip(0).square().float()), failed
+
+
+def energy(columns: Tensor, H: Tensor) -> Tensor:
+    """``tr(E^T H E)`` for E float32 (K, N) and a symmetric H, float64 (); on NVIDIA GPUs, E is rounded to bfloat16.
 
     There the products are those of ``E E^T``, whose many terms average the roundings out: some 1e-5 of the result.
     """
     if not columns.is_cuda or torch.version.hip:
-        return float((H @ columns).mul_(columns).sum(dtype=torch.float64))
-    rounded = columns.bfloat16()
-    parts = zip(rounded.split(CHUNK), H.split(CHUNK), strict=True)
-    sums = [torch.mm(rows, rounded.t(), out_dtype=torch.float32).mul_(h).sum(dtype=torch.float64) for rows, h in parts]
-    return float(torch.stack(sums).sum())
+        return (H @ columns).mul_(columns).sum(dtype=torch.float64)
+    rounded, total = columns.bfloat16(), torch.zeros((), dtype=torch.float64, device=columns.device)
+    width = -(-len(H) // STRIPS)
+    for start in range(0, len(H), width):
+        rows = rounded[start : start + width]
+        products = torch.mm(rows, rounded[start:].t(), out_dtype=torch.float32).mul_(H[start : start + width, start:])
+        inside = products[:, : len(rows)].sum(dtype=torch.float64)
+        total += 2 * products.sum(dtype=torch.float64) - inside  # what lies right of the diagonal counts twice
+    return total

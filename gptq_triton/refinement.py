@@ -98,6 +98,7 @@ def refine(
     walk: Callable[[Factor, Rounded, Tensor | None], Rounded],
     rounds: int,
     *,
+    members: Members | None = None,
     fused: bool = False,
 ) -> Rounded:
     """Rounds of better scales and better codes; no output's loss ever rises.
@@ -115,19 +116,44 @@ def refine(
         walk: Rounds the columns in that order with a factor, on a grid that is given, from what is moved onto each:
             it changes codes alone.
         rounds: How often.
+        members: Of the groups, if known.
         fused: As `refit_scales` takes it.
     """
+    members = Members.of(rounded.g_idx) if members is None else members
     descent, metric = Descent(H, order), Metric(H)
 
     def descend(rounded: Rounded) -> Rounded:
         return walk(descent.factor, rounded, descent.moved(columns, rounded))
 
     for _ in range(rounds):
-        rounded, best = refit_scales(columns, metric, rounded, spec, fused=fused)
+        rounded, best = refit_scales(columns, metric, rounded, spec, members, fused=fused)
         for tried in (descend(rounded), descend(walk(factor, rounded, None))):
             loss = losses(columns, metric, tried)
             rounded, best = tried.where(loss < best, rounded), torch.minimum(loss, best)
     return rounded
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Which inputs are in which group.
+
+    Attributes:
+        order: Inputs sorted by group, int64 (K,); None where they are so already.
+        spans: Group, start and end in that order, of each group that has inputs.
+    """
+
+    order: Tensor | None
+    spans: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, g_idx: Tensor) -> Members:
+        """Those of a g_idx, int64 (K,)."""
+        order = g_idx.argsort(stable=True)
+        groups = g_idx[order]
+        names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
+        ends = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+        spans = [(name, start, stop) for name, (start, stop) in zip(names, ends, strict=True)]
+        return cls(None if torch.equal(groups, g_idx) else order, spans)
 
 
 class Metric:
@@ -165,7 +191,7 @@ def losses(columns: Tensor, metric: Metric, rounded: Rounded) -> Tensor:
 
 
 def refit_scales(
-    columns: Tensor, metric: Metric, rounded: Rounded, spec: QuantSpec, *, fused: bool = False
+    columns: Tensor, metric: Metric, rounded: Rounded, spec: QuantSpec, members: Members, *, fused: bool = False
 ) -> tuple[Rounded, Tensor]:
     """The best scale of each group under the Hessian, one group after another; codes stay.
 
@@ -178,14 +204,14 @@ def refit_scales(
         metric: Of H.
         rounded: Its quantized form; not changed.
         spec: The format.
+        members: Of the groups.
         fused: A group in one kernel, where products are made of halves.
 
     Returns:
         The quantized form, and `losses` of it.
     """
-    by_group = rounded.g_idx.argsort(stable=True)
-    codes, groups = rounded.codes, rounded.g_idx
-    if not torch.equal(groups, groups[by_group]):
+    codes, groups, by_group = rounded.codes, rounded.g_idx, members.order
+    if by_group is not None:
         metric, columns, codes, groups = metric.of_rows(by_group), columns[by_group], codes[by_group], groups[by_group]
     dtype = metric.H.dtype
     error = columns.to(dtype) - Rounded(codes, rounded.scales, rounded.zeros, groups).dequantize(dtype)
@@ -195,20 +221,19 @@ def refit_scales(
     scales, zeros = rounded.scales.clone(), rounded.zeros.clone()
     shifts = torch.zeros(1) if spec.sym else torch.arange(-spec.maxq, spec.maxq + 1)
     shifts = shifts.to(gradient.device, torch.float64)[:, None]  # (Z, 1)
-    names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
-    spans = itertools.pairwise(itertools.accumulate(lengths, initial=0))
-    if fused and isinstance(changes, Halves) and max(lengths) <= LONGEST_FUSED:
+    longest = max(stop - start for _, start, stop in members.spans)
+    if fused and isinstance(changes, Halves) and longest <= LONGEST_FUSED:
         from .kernels.refit import refit
 
         zeros = zeros.float()
-        for group, (start, stop) in zip(names, spans, strict=True):
+        for group, start, stop in members.spans:
             before = inner(metric.products[:start, start:stop], changes[:start])
             refit(
                 codes, metric.H, gradient, before, scales, zeros, loss, changes.high, changes.low, changes.scale,
                 group=group, first=start, count=stop - start, maxq=spec.maxq, sym=spec.sym, low_unit=LOW,
             )  # fmt: skip
         return Rounded(rounded.codes, scales, zeros, rounded.g_idx), loss
-    for group, (start, stop) in zip(names, spans, strict=True):
+    for group, start, stop in members.spans:
         H_group = metric.H[start:stop, start:stop].double()
         scale, zero = scales[group].double(), zeros[group].double()
         steps = codes[start:stop].double().sub_(zero)

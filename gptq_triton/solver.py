@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .halves import has_tensor_cores
-from .hessian import Factor, Hessian, energy, factorize
+from .hessian import Factor, Hessian, attempt, energy, factorize
 from .layers import weight_of
 from .options import SolverOptions
 from .packing import PackedWeight, pack_weight, storable, trivial_g_idx
 from .quantizer import encode
-from .refinement import Rounded, refine
+from .refinement import Members, Rounded, refine
 from .spec import QuantSpec
-from .walk import find_groups, walk
+from .walk import cut, find_groups, walk
 
 logger = logging.getLogger(__name__)
 
@@ -140,35 +140,51 @@ def solve(
         logger.warning("%s: saw %d tokens, needs %d; rounded to nearest", names, hessian.tokens, needed)
     else:
         order, g_idx = _order(H.diagonal(), spec, options)
-        factor, damp = factorize(H, order, options.damp)
-        if factor is None:
-            logger.warning("%s: the Hessian cannot be factored even with damping 1; rounded to nearest", names)
-        else:
+        cuts, grid = cut(g_idx[order], options), replace(nearest, g_idx=g_idx)
+
+        def rounded(factor: Factor) -> tuple[Tensor, Rounded]:
+            """What is fitted, and what it becomes."""
+            fitted = target
             if options.feedback and hessian.drift is not None:
                 pull = (hessian.drift @ target)[order].mul_(options.feedback)
-                target = target.index_add(0, order, factor.divide(pull))
-            found = walk(target[order], factor, order, replace(nearest, g_idx=g_idx), spec, options)
+                fitted = target.index_add(0, order, factor.divide(pull))
+            return fitted, walk(fitted[order], factor, order, grid, spec, options, cuts=cuts)
+
+        factor, failed = attempt(H, order, damp)
+        # on a GPU the walk is on its way before it is known whether there is a factor to walk with
+        done = rounded(factor) if H.is_cuda or not bool(failed) else None
+        if bool(failed):
+            factor, damp = factorize(H, order, min(10 * damp, 1.0))
+            done = None if factor is None else rounded(factor)
+        if factor is None or done is None:
+            logger.warning("%s: the Hessian cannot be factored even with damping 1; rounded to nearest", names)
+        else:
+            target, found = done
+            found = replace(found, scales=storable(found.scales, found.scales.dtype))
             if options.refine:
                 found = _refined(target, H, order, factor, damp, found, spec, options)
-    solutions, start = {}, 0
+    parts, figures, start = {}, [], 0
     for name, weight in weights.items():
         stop = start + weight.shape[0]
         W, rtn = target[:, start:stop], nearest.slice(start, stop)
         chosen = rtn if found is None else found.slice(start, stop)
-        dequantized = chosen.dequantize()
-        size = energy(W, H)
-        error_rtn = _relative(energy(W - rtn.dequantize(), H), size)
-        solutions[name] = Solution(
+        parts[name] = chosen, chosen.dequantize()
+        figures.append(torch.stack([energy(E, H) for E in (W, W - rtn.dequantize(), W - parts[name][1])]))
+        start = stop
+    return {
+        name: Solution(
             weight=_pack(chosen, spec, options),
             dequantized=dequantized.t(),
             method="rtn" if found is None else "gptq",
-            error=error_rtn if found is None else _relative(energy(W - dequantized, H), size),
-            error_rtn=error_rtn,
+            error=_relative(error, size),
+            error_rtn=_relative(error_rtn, size),
             damp=damp,
             tokens=hessian.tokens,
         )
-        start = stop
-    return solutions
+        for (name, (chosen, dequantized)), (size, error_rtn, error) in zip(
+            parts.items(), torch.stack(figures).tolist(), strict=True
+        )
+    }
 
 
 def requantize(
@@ -243,22 +259,23 @@ def _refined(
 
     Once scales are given nothing ties the order to the groups: columns go by falling importance.
     """
+    given = replace(options, static_groups=True)
+    cuts, members = cut(order, given), Members.of(found.g_idx)  # before the GPU is given more to do: it is waited for
     importance = torch.argsort(H.diagonal(), descending=True, stable=True)
     if not torch.equal(importance, order):
-        order, (again, _) = importance, factorize(H, importance, damp)
-        if again is None:  # failed by rounding alone: what was found stays
-            return found
-        factor = again
-    given = replace(options, static_groups=True)
+        order = importance
+        factor, _ = attempt(H, order, damp)  # should rounding fail it, what it gives loses against all else
     # halves are exact to float32, other products take what they are given
     damped = H.clone() if has_tensor_cores(H) else H.double()
     damped.diagonal().add_(damp * H.diagonal().double().mean())
     ordered = columns[order]
 
     def again_from(factor: Factor, grid: Rounded, moved: Tensor | None) -> Rounded:
-        return walk(ordered, factor, order, grid, spec, given, moved)
+        return walk(ordered, factor, order, grid, spec, given, moved, cuts)
 
-    return refine(columns, damped, found, spec, order, factor, again_from, options.refine, fused=options.fused)
+    return refine(
+        columns, damped, found, spec, order, factor, again_from, options.refine, members=members, fused=options.fused
+    )
 
 
 def _round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> Rounded:

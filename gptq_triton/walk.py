@@ -30,19 +30,23 @@ from .spec import QuantSpec
 STRIP = 512  # columns onto which the errors of all before are moved at once; inside, block after block is
 
 
-@dataclass(frozen=True)
-class _Cuts:
+@dataclass(frozen=True, eq=False)
+class Cuts:
     """How columns are cut.
 
     Attributes:
         strips: Blocks, as (start, stop), in lists: each list is brought up to date at once.
         inside: Groups that are found inside their block: first column to end.
         ahead: Groups that are found before a block: its start to the group's end and index.
+        blocks: All blocks, int64 (B, 2), on the device of the columns.
+        runs: Where a group starts that is found inside a block, its columns, else 0; int32 (K,) on that device.
     """
 
     strips: list[list[tuple[int, int]]]
     inside: dict[int, int]
     ahead: dict[int, tuple[int, int]]
+    blocks: Tensor
+    runs: Tensor
 
 
 def walk(
@@ -53,11 +57,12 @@ def walk(
     spec: QuantSpec,
     options: SolverOptions,
     moved: Tensor | None = None,
+    cuts: Cuts | None = None,
 ) -> Rounded:
-    """Round columns in an order, which is the factor's.
+    """Round columns in an order, which is the factor's; a GPU is not waited for if cuts are given.
 
     Groups are found when their first column is reached, on weights that carry every error so far, unless
-    ``options.static_groups``.
+    ``options.static_groups``. Scales that are found may not be finite in their dtype.
 
     Args:
         columns: float32 (K, N), in processing order.
@@ -68,20 +73,16 @@ def walk(
         options: How.
         moved: What is moved onto each column before the first, float32 (K, N), in units of ``unit^T d``, where no
             group is to be found.
+        cuts: What `cut` makes of ``grid.g_idx[order]`` and the options.
     """
     K, N = columns.shape
-    fused = options.fused and columns.is_cuda
-    groups, limit = grid.g_idx[order], options.block
-    if fused:
-        from .kernels.solve import BLOCK_K
-
-        limit = min(limit, BLOCK_K)
-    cuts = _cut(groups, options, limit)
+    groups = grid.g_idx[order]
+    cuts = cut(groups, options) if cuts is None else cuts
     scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (grid.scales, grid.zeros))
     codes = torch.empty(K, N, dtype=torch.uint8, device=columns.device)
-    step = (_kernel if fused else _loop)(_Walk(groups, order, cuts.inside, scales, zeros, codes, spec))
+    step = (_kernel if _fused(columns, options) else _loop)(_Walk(groups, order, cuts, scales, zeros, codes, spec))
     unit, errors = factor.unit, empty_like(columns)
-    spreads = _inverses(unit, [block for strip in cuts.strips for block in strip])
+    spreads = _inverses(unit, cuts)
 
     def reach(start: int, stop: int, first: int) -> Tensor:
         """What the errors of all columns before the first move onto some."""
@@ -108,7 +109,11 @@ def walk(
             own = change[inside].sub_(tile)
             near[stop - first :].addmm_(unit[start:stop, stop:last].t(), own)
         errors[first:last] = change
-    return Rounded(codes, storable(scales, scales.dtype), zeros, grid.g_idx)
+    return Rounded(codes, scales, zeros, grid.g_idx)
+
+
+def _fused(columns: Tensor, options: SolverOptions) -> bool:
+    return options.fused and columns.is_cuda
 
 
 def find_groups(
@@ -128,10 +133,10 @@ def find_groups(
         length: Columns of a group; the last may have fewer.
         spec: The format.
         options: How.
-        scales: (G, N), overwritten; on a GPU one beyond its dtype is left infinite.
+        scales: (G, N), overwritten; on a GPU one beyond its dtype is left infinite, elsewhere a ValueError.
         zeros: float32 (G, N), overwritten.
     """
-    if options.clip and options.fused and columns.is_cuda:
+    if options.clip and _fused(columns, options):
         from .kernels.clip import clip
 
         keep = kept_shares(columns.device)
@@ -142,7 +147,12 @@ def find_groups(
             scale, zero = clipped_params(rows, costs, spec.maxq, spec.sym, scales.dtype)
         else:
             scale, zero = group_params(rows.t(), spec.maxq, spec.sym, options.mse)
-        scales[group], zeros[group] = storable(scale, scales.dtype), zero
+        scales[group], zeros[group] = _stored(scale, scales.dtype), zero
+
+
+def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`storable` without waiting for a GPU."""
+    return scales.to(dtype).clamp(min=torch.finfo(dtype).tiny) if scales.is_cuda else storable(scales, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +162,7 @@ class _Walk:
     Attributes:
         groups: Each column's group, int64 (K,).
         order: Which row of codes each column writes, int64 (K,).
-        inside: Groups to be found, as in `_Cuts`.
+        cuts: Where groups are to be found.
         scales, zeros: Of all groups; those found are written.
         codes: uint8 (K, N), written.
         spec: The format.
@@ -160,7 +170,7 @@ class _Walk:
 
     groups: Tensor
     order: Tensor
-    inside: dict[int, int]
+    cuts: Cuts
     scales: Tensor
     zeros: Tensor
     codes: Tensor
@@ -173,7 +183,7 @@ Step = Callable[[Tensor, Tensor, int], None]
 
 def _loop(walk: _Walk) -> Step:
     """A block by operations of PyTorch, a few for each column: the oracle of the kernel."""
-    groups, positions, inside = walk.groups.tolist(), walk.order.tolist(), walk.inside
+    groups, positions, inside = walk.groups.tolist(), walk.order.tolist(), walk.cuts.inside
     scales, zeros, codes, spec = walk.scales, walk.zeros, walk.codes, walk.spec
 
     def step(tile: Tensor, spread: Tensor, start: int) -> None:
@@ -182,7 +192,7 @@ def _loop(walk: _Walk) -> Step:
             if start + j in inside:
                 rows = tile[j : inside[start + j] - start]
                 scale, zeros[group] = group_params(rows.t(), spec.maxq, spec.sym)
-                scales[group] = storable(scale, scales.dtype)
+                scales[group] = _stored(scale, scales.dtype)
             scale, zero = scales[group].float(), zeros[group]
             code = encode(tile[j], scale, zero, spec.maxq)
             codes[positions[start + j]] = code
@@ -194,13 +204,11 @@ def _loop(walk: _Walk) -> Step:
 
 
 def _kernel(walk: _Walk) -> Step:
-    """The same by one kernel; its scales are checked when the walk is over."""
+    """The same by one kernel."""
     from .kernels.solve import solve
 
-    groups, positions, runs = walk.groups.to(torch.int32), walk.order.to(torch.int32), None
-    if walk.inside:
-        starts, ends = (torch.tensor(list(t), device=groups.device) for t in (walk.inside, walk.inside.values()))
-        runs = torch.zeros_like(groups).index_copy_(0, starts, (ends - starts).int())
+    groups, positions = walk.groups.to(torch.int32), walk.order.to(torch.int32)
+    runs = walk.cuts.runs if walk.cuts.inside else None
 
     def step(tile: Tensor, spread: Tensor, start: int) -> None:
         tensors = tile, spread, groups, runs, positions, walk.scales, walk.zeros, walk.codes
@@ -209,23 +217,38 @@ def _kernel(walk: _Walk) -> Step:
     return step
 
 
-def _cut(groups: Tensor, options: SolverOptions, limit: int) -> _Cuts:
-    """Blocks of at most ``limit`` columns, and where groups, each a run of columns, are found.
+def cut(groups: Tensor, options: SolverOptions) -> Cuts:
+    """Blocks, and where groups, each a run of columns, are found.
 
     A group that fits lies inside one block, a longer one starts a block, and so does every one whose range is clipped.
+
+    Args:
+        groups: Each column's group, int64 (K,), on the device of the columns.
+        options: How the columns will be walked.
     """
+    limit = options.block
+    if _fused(groups, options):
+        from .kernels.solve import BLOCK_K
+
+        limit = min(limit, BLOCK_K)
+    inside: dict[int, int] = {}
+    ahead: dict[int, tuple[int, int]] = {}
     if options.static_groups:
-        return _Cuts(_strips(_blocks([len(groups)], limit), set()), {}, {})
-    names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
-    spans = list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
-    searched = options.mse or options.clip
-    if searched:
-        blocks = [(first + a, first + b) for first, end in spans for a, b in _blocks([end - first], limit)]
+        blocks = list(_blocks([len(groups)], limit))
     else:
-        blocks = list(_blocks(lengths, limit))
-    ahead = {a: (b, name) for (a, b), name in zip(spans, names, strict=True) if searched or b - a > limit}
-    inside = {a: b for a, b in spans if a not in ahead}
-    return _Cuts(_strips(blocks, {a for a, (b, _) in ahead.items() if b - a > limit}), inside, ahead)
+        names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
+        spans = list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
+        searched = options.mse or options.clip
+        if searched:
+            blocks = [(first + a, first + b) for first, end in spans for a, b in _blocks([end - first], limit)]
+        else:
+            blocks = list(_blocks(lengths, limit))
+        ahead = {a: (b, name) for (a, b), name in zip(spans, names, strict=True) if searched or b - a > limit}
+        inside = {a: b for a, b in spans if a not in ahead}
+    runs = torch.zeros(len(groups), dtype=torch.int32)
+    runs[list(inside)] = torch.tensor([end - start for start, end in inside.items()], dtype=torch.int32)
+    strips = _strips(blocks, {a for a, (b, _) in ahead.items() if b - a > limit})
+    return Cuts(strips, inside, ahead, torch.tensor(blocks, device=groups.device), runs.to(groups.device))
 
 
 def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:
@@ -243,7 +266,7 @@ def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _strips(blocks: Iterator[tuple[int, int]] | list[tuple[int, int]], starts: set[int]) -> list[list[tuple[int, int]]]:
+def _strips(blocks: list[tuple[int, int]], starts: set[int]) -> list[list[tuple[int, int]]]:
     """Consecutive blocks in lists of about STRIP columns; a list begins wherever it must."""
     strips: list[list[tuple[int, int]]] = []
     for start, stop in blocks:
@@ -253,15 +276,15 @@ def _strips(blocks: Iterator[tuple[int, int]] | list[tuple[int, int]], starts: s
     return strips
 
 
-def _inverses(unit: Tensor, blocks: list[tuple[int, int]]) -> Iterator[Tensor]:
+def _inverses(unit: Tensor, cuts: Cuts) -> Iterator[Tensor]:
     """The inverse of each diagonal block, float32."""
-    starts, stops = torch.tensor(blocks, device=unit.device).t()
-    size = max(stop - start for start, stop in blocks)
-    rows = starts[:, None] + torch.arange(size, device=unit.device)
+    starts, stops = cuts.blocks.t()
+    sizes = [stop - start for strip in cuts.strips for start, stop in strip]
+    rows = starts[:, None] + torch.arange(max(sizes), device=unit.device)
     inside = rows < stops[:, None]  # shorter blocks end in an identity
     rows = rows.clamp_(max=len(unit) - 1)
-    eye = torch.eye(size, dtype=torch.float64, device=unit.device)
+    eye = torch.eye(max(sizes), dtype=torch.float64, device=unit.device)
     stack = unit[rows[:, :, None], rows[:, None]].double().where(inside[:, :, None] & inside[:, None], eye)
     inverses = solve_triangular(stack, eye, upper=True, unitriangular=True).float().contiguous()
-    for inverse, (start, stop) in zip(inverses, blocks, strict=True):
-        yield inverse[: stop - start, : stop - start]
+    for inverse, size in zip(inverses, sizes, strict=True):
+        yield inverse[:size, :size]

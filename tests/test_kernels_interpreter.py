@@ -17,7 +17,7 @@ from gptq_triton import walk as walking
 from gptq_triton.hessian import Hessian, factorize
 from gptq_triton.layout import TiledWeight, tile_weight
 from gptq_triton.quantizer import encode
-from gptq_triton.refinement import Metric, kept_shares, losses, refit_scales
+from gptq_triton.refinement import Members, Metric, kept_shares, losses, refit_scales
 from gptq_triton.solver import SolverOptions, _order, _round_to_nearest
 from gptq_triton.spec import BITS, QuantSpec
 from gptq_triton.walk import find_groups, walk
@@ -286,9 +286,9 @@ def test_refit_is_the_step_of_refit_scales(bits, sym, K, length, N, scattered, s
             grid = replace(grid, g_idx=grid.g_idx[order])
         codes = encode(columns, grid.scales.float()[grid.g_idx], grid.zeros[grid.g_idx], spec.maxq)
         grid = replace(grid, codes=codes.to(torch.uint8))
-        (eager, eager_loss), (fused, fused_loss) = (
-            refit_scales(columns, metric, grid, spec, fused=f) for f in (False, True)
-        )
+        members = Members.of(grid.g_idx)
+        eager, eager_loss = refit_scales(columns, metric, grid, spec, members)
+        fused, fused_loss = refit_scales(columns, metric, grid, spec, members, fused=True)
         lost = losses(columns, metric, fused)
     assert torch.equal(fused.codes, eager.codes)
     same = (fused.scales == eager.scales) & (fused.zeros == eager.zeros)
@@ -346,9 +346,8 @@ def test_the_fused_walk_is_the_eager_walk(bits, group, sym, desc_act, static, aw
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-def test_a_scale_beyond_its_dtype_is_refused_by_the_fused_walk_too():
+def test_a_scale_beyond_its_dtype_is_left_infinite_by_the_fused_walk():
     spec, options = QuantSpec(2, 8, False), SolverOptions()
     columns, *others = layer_problem(16, 4, spec, options, 0)
     assert by_kernel(columns, *others).scales.isfinite().all()
-    with pytest.raises(ValueError, match="scales must be finite"):
-        by_kernel(1e6 * columns, *others)
+    assert by_kernel(1e6 * columns, *others).scales.isinf().any()  # the solver refuses it

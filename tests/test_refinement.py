@@ -14,7 +14,7 @@ from gptq_triton.hessian import Factor, Hessian
 from gptq_triton.packing import storable, trivial_g_idx, unpack, unpack_zeros
 from gptq_triton.quantizer import encode, group_params, quantize
 from gptq_triton.reference import dequantize
-from gptq_triton.refinement import Descent, Metric, Rounded, clipped_params, losses, refine, refit_scales
+from gptq_triton.refinement import Descent, Members, Metric, Rounded, clipped_params, losses, refine, refit_scales
 from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import QuantSpec
 from gptq_triton.walk import walk
@@ -92,7 +92,7 @@ def assert_no_worse(columns, H, after, before):
 @given(problem=problems)
 def test_refit_raises_no_loss_and_gives_what_can_be_stored(problem):
     columns, H, rounded, spec, _ = given_grid(**problem)
-    fitted = refit_scales(columns, Metric(H), rounded, spec)[0]
+    fitted = refit_scales(columns, Metric(H), rounded, spec, Members.of(rounded.g_idx))[0]
     assert_no_worse(columns, H, fitted, rounded)
     assert torch.equal(fitted.codes, rounded.codes)
     assert fitted.scales.dtype == problem["dtype"]
@@ -106,7 +106,7 @@ def test_refit_raises_no_loss_and_gives_what_can_be_stored(problem):
 @given(bits=st.sampled_from([2, 3, 4]), sym=st.booleans(), seed=st.integers(0, 999))
 def test_refit_of_one_group_is_the_best_of_all_that_can_be_stored_nearby(bits, sym, seed):
     columns, H, rounded, spec, _ = given_grid(24, bits, -1, sym, seed=seed, dtype=torch.bfloat16)
-    fitted = refit_scales(columns, Metric(H), rounded, spec)[0]
+    fitted = refit_scales(columns, Metric(H), rounded, spec, Members.of(rounded.g_idx))[0]
     best = losses(columns, Metric(H), fitted)
     infinity = torch.full_like(fitted.scales, torch.inf)
     for scales in (torch.nextafter(fitted.scales, infinity), torch.nextafter(fitted.scales, -infinity)):
@@ -127,7 +127,7 @@ def test_refit_finds_the_grid_that_a_weight_lies_on():
     shifted = Rounded(rounded.codes, (rounded.scales * 1.3).half(), (rounded.zeros + 1).clamp(max=15), rounded.g_idx)
     assert (losses(columns, Metric(H), shifted) > 0.1).all()
     for _ in range(200):  # groups disturb each other; one after another they converge
-        shifted = refit_scales(columns, Metric(H), shifted, spec)[0]
+        shifted = refit_scales(columns, Metric(H), shifted, spec, Members.of(shifted.g_idx))[0]
     reached = losses(columns, Metric(H), shifted)
     assert (reached < 1e-3 * ((H @ columns.double()) * columns).sum(0)).all()
 
@@ -171,7 +171,7 @@ def test_rounds_raise_no_output_s_loss_whatever_the_walk_gives(problem, rounds):
 
     refined = refine(columns, H, rounded, spec, order, factor, walk, rounds)
     assert_no_worse(columns, H, refined, rounded)
-    fitted = refit_scales(columns, Metric(H), rounded, spec)[0]
+    fitted = refit_scales(columns, Metric(H), rounded, spec, Members.of(rounded.g_idx))[0]
     tried = (fitted, *(descend(columns, H, r, spec, order) for r in (fitted, walk(factor, fitted, None))))
     least = torch.stack([losses(columns, Metric(H), r) for r in tried]).amin(0)
     once = refine(columns, H, rounded, spec, order, factor, walk, 1)
@@ -237,14 +237,23 @@ def test_without_switches_nothing_changes(monkeypatch):
     assert solution.method == "gptq"
 
 
-def test_a_second_factorisation_that_fails_keeps_what_was_found(monkeypatch):
+def test_a_second_factorisation_that_fails_costs_nothing(monkeypatch):
     weight, hessian = problem()
     plain = solve({"layer": weight}, hessian, QuantSpec(3, 32, False), SolverOptions())["layer"]
-    answers = iter([solver.factorize, lambda *_: (None, 1.0)])
-    monkeypatch.setattr(solver, "factorize", lambda *arguments: next(answers)(*arguments))
-    kept = solve({"layer": weight}, hessian, QuantSpec(3, 32, False), SolverOptions(refine=1))["layer"]
-    assert torch.equal(kept.weight.qweight, plain.weight.qweight)
-    assert next(answers, None) is None  # it was asked for
+    real, calls = solver.attempt, []
+
+    def attempt(H, order, damp):
+        factor, failed = real(H, order, damp)
+        calls.append(damp)
+        if len(calls) > 1:
+            factor.unit.fill_(torch.nan)
+        return factor, failed
+
+    monkeypatch.setattr(solver, "attempt", attempt)
+    refined = solve({"layer": weight}, hessian, QuantSpec(3, 32, False), SolverOptions(refine=1))["layer"]
+    assert len(calls) == 2
+    assert damped_losses(weight, hessian, refined).isfinite().all()
+    assert (damped_losses(weight, hessian, refined) <= damped_losses(weight, hessian, plain) * (1 + 1e-9)).all()
 
 
 @settings(max_examples=40, deadline=None)

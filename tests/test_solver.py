@@ -13,7 +13,7 @@ from gptq_triton.packing import trivial_g_idx, unpack, unpack_zeros
 from gptq_triton.reference import dequantize
 from gptq_triton.solver import GPTQ, SolverOptions, _order, _round_to_nearest, solve
 from gptq_triton.spec import QuantSpec
-from gptq_triton.walk import _blocks, _cut, _inverses, find_groups
+from gptq_triton.walk import Cuts, _blocks, _inverses, cut, find_groups
 
 
 def problem(K=96, N=24, tokens=600, seed=0):
@@ -192,7 +192,8 @@ def test_diagonal_blocks_are_inverted(lengths, seed):
     K = sum(lengths)
     unit = torch.randn(K, K, generator=torch.Generator().manual_seed(seed)).mul_(0.2).triu_(1) + torch.eye(K)
     blocks = list(_blocks(lengths, 30))
-    for (start, stop), inverse in zip(blocks, _inverses(unit, blocks), strict=True):
+    cuts = Cuts([blocks[:2], blocks[2:]], {}, {}, torch.tensor(blocks), torch.zeros(K, dtype=torch.int32))
+    for (start, stop), inverse in zip(blocks, _inverses(unit, cuts), strict=True):
         here = unit[start:stop, start:stop].double()
         assert torch.equal(inverse, inverse.triu())
         # float64 leaves the rounding of the result
@@ -208,15 +209,18 @@ def test_diagonal_blocks_are_inverted(lengths, seed):
 )
 def test_every_group_is_found_once_on_columns_that_are_up_to_date(runs, block, clip, static):
     groups = [g for g, run in enumerate(runs) for _ in range(run)]
-    cuts = _cut(torch.tensor(groups), SolverOptions(clip=clip, static_groups=static), block)
+    cuts = cut(torch.tensor(groups), SolverOptions(clip=clip, static_groups=static, block=block))
     blocks = [each for strip in cuts.strips for each in strip]
     assert [i for start, stop in blocks for i in range(start, stop)] == list(range(len(groups)))
     assert all(stop - start <= block for start, stop in blocks)
     starts = [i for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]
     assert sorted((*cuts.inside, *cuts.ahead)) == ([] if static else starts)
     stops = dict(blocks)
+    assert cuts.blocks.tolist() == [list(block) for block in blocks]
     for start, end in cuts.inside.items():
         assert any(a <= start < end <= b for a, b in blocks)
+        assert int(cuts.runs[start]) == end - start
+    assert int(cuts.runs.count_nonzero()) == len(cuts.inside)
     for start, (end, group) in cuts.ahead.items():
         assert groups[start:end] == [group] * (end - start)
         if end > stops[start]:  # it reaches beyond its block: all before it must have been moved onto it

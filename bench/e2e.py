@@ -96,11 +96,15 @@ def quantized(model: Any, bits: int) -> Any:
 
 
 def models(layers: int, bits: int, **sizes: Any) -> dict[str, Any]:
-    """Kind to model: fp16, quantized, and quantized with merged siblings."""
+    """Kind to model: fp16, quantized, with merged siblings, and with the output head quantized too."""
     full = llama(layers, **sizes)
     fused = quantized(full, bits)
     gptq_triton.fuse(fused)
-    return {"fp16": full, f"{bits}-bit": quantized(full, bits), f"{bits}-bit fused": fused}
+    headed = copy.deepcopy(fused)
+    case = Case("matmul", 0, full.lm_head.out_features, full.lm_head.in_features, bits)
+    headed.lm_head = QuantLinear.from_packed(random_weight(case, full.device))
+    plain = f"{bits}-bit"
+    return {"fp16": full, plain: quantized(full, bits), f"{plain} fused": fused, f"{plain} fused, head": headed}
 
 
 def decoder_layers(model: Any) -> list[nn.Linear | QuantLinear]:
@@ -157,7 +161,7 @@ def lora(model: Any) -> Captured:
     """Puts adapters into the model, for good."""
     for name, layer in list(model.model.named_modules()):
         if isinstance(layer, (nn.Linear, QuantLinear)):
-            model.model.set_submodule(name, Lora(layer, LORA_RANK, model.lm_head.weight))
+            model.model.set_submodule(name, Lora(layer, LORA_RANK, model.model.embed_tokens.weight))
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=1e-6, fused=True)
     ids = torch.randint(0, model.config.vocab_size, (LORA_BATCH, LORA_TOKENS), device=model.device)

@@ -49,7 +49,7 @@ class Halves:
         """Replace rows by float32 ones."""
         scaled = rows / self.scale  # exact
         high = self.high[at].copy_(scaled)
-        self.low[at].copy_(scaled.sub_(high).mul_(LOW))
+        torch.mul(scaled.sub_(high), LOW, out=self.low[at])
 
 
 Matrix = Tensor | Halves
@@ -57,8 +57,8 @@ Matrix = Tensor | Halves
 
 def column_scales(matrix: Tensor) -> Tensor:
     """The least power of two above every number of a column in size, float32 (C,); 1 for a column of zeros."""
-    largest = matrix.abs().amax(0) if len(matrix) else matrix.new_zeros(matrix.shape[1])
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    largest = torch.linalg.vector_norm(matrix, torch.inf, 0) if len(matrix) else matrix.new_zeros(matrix.shape[1])
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent.clamp_(max=127))
 
 
 def has_tensor_cores(tensor: Tensor) -> bool:

@@ -44,6 +44,13 @@ def test_halves_hold_22_bits(rows, columns, seed):
     assert torch.equal(split[:1].high, (5 * whole[:1] / split.scale).half())
 
 
+@pytest.mark.parametrize("size", [3e38, 1e-37])
+def test_columns_of_any_size_have_a_scale(size):
+    split = Halves.of(torch.tensor([[size], [-size / 2]]))
+    assert bool(split.scale.isfinite().all())
+    assert split.high[0] == -2 * split.high[1]
+
+
 def test_kinds_do_not_mix():
     with pytest.raises(TypeError, match="both matrices must be halves, or neither"):
         inner(Halves.of(torch.ones(2, 2)), torch.ones(2, 2))

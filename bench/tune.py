@@ -1,6 +1,6 @@
 """Make the table of measured plans that the package ships for this GPU: ``gptq_triton/tuned/<gpu>.json``.
 
-    python bench/tune.py [--seconds 500] [--bits 4 8 3 2] [--only 4096x4096 ...] [--out FILE]
+    python bench/tune.py [--seconds 500] [--bits 4 8 3 2] [--rows 1 4 ...] [--only 4096x4096 ...] [--out FILE]
 
 Every candidate is compiled first, in as many processes as there are cores; then each layer of shapes.py is tuned at
 every width. The file is written after each layer, so a run that is cut off loses nothing; entries it does not reach
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,10 +41,12 @@ def random_tiles(N: int, K: int, bits: int) -> TiledWeight:
     return TiledWeight(words, scales | zeros, None, None, GROUP, spec, K, N, torch.float16)
 
 
-def jobs(cases: list[tuple[int, int, int]], arch: str, multiprocessors: int) -> Iterator[Job]:
+def jobs(
+    cases: list[tuple[int, int, int]], arch: str, multiprocessors: int, rows: Sequence[int] = tables.BUCKETS
+) -> Iterator[Job]:
     """Every plan that will be timed."""
     for N, K, bits in cases:
-        for M in tables.BUCKETS:
+        for M in rows:
             problem = Problem(M, -(-N // 16), -(-K // 128), bits, GROUP, torch.float16, True, arch, multiprocessors)
             yield from ((problem, plan) for plan in dispatch.candidates(problem))
 
@@ -53,13 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--bits", type=int, nargs="+", default=BITS)
+    parser.add_argument("--rows", type=int, nargs="+", choices=tables.BUCKETS, default=tables.BUCKETS, help="of x")
     parser.add_argument("--only", nargs="+", metavar="NxK")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     start = time.monotonic()
     wanted = [shape for shape in shapes() if options.only is None or str(shape) in options.only]
     cases = [(N, K, bits) for bits in options.bits for N, K in wanted]
-    compiled = compile_plans(jobs(cases, *product.gpu(0)))
+    compiled = compile_plans(jobs(cases, *product.gpu(0), options.rows))
     print(f"compiled {compiled} kernels in {time.monotonic() - start:.0f} s", flush=True)
     file = options.out or TUNED / f"{product.gpu_name(0)}.json"
     plans = json.loads(file.read_text()) if file.exists() else tables.shipped(product.gpu_name(0))
@@ -67,7 +70,7 @@ def main() -> None:
         if time.monotonic() - start > options.seconds:
             print("out of time")
             break
-        best = tune([random_tiles(N, K, bits)], save=False, say=print)
+        best = tune([random_tiles(N, K, bits)], options.rows, save=False, say=print)
         plans |= {name: asdict(plan) for name, plan in best.items()}
         lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(plan)}" for name, plan in plans.items())
         atomic_write(file, f"{{\n{lines}\n}}\n")

@@ -101,13 +101,17 @@ def decoding(layers: int, bits: int, mesh: DeviceMesh, add: Callable[..., None])
     torch.cuda.empty_cache()
     dist.barrier()
     split(model, mesh)
-    off = float((model(ids).logits - expected).norm() / expected.norm())
-    for batch in BATCHES:
-        ms = slower(decode(model, batch))
-        held = e2e.nbytes(model.model.layers)
-        add(f"decode-{batch}", "two", ms=ms, bytes=held, share=held / whole, rel_err=off)
-        if first:
-            print(f"decode-{batch}: {alone[batch] / ms:.2f} times one GPU", flush=True)
+    for kind in ("two", "two fused"):
+        if kind == "two fused":
+            torch.compiler.reset()
+            fuse(model)
+        off = float((model(ids).logits - expected).norm() / expected.norm())
+        for batch in BATCHES:
+            ms = slower(decode(model, batch))
+            held = e2e.nbytes(model.model.layers)
+            add(f"decode-{batch}", kind, ms=ms, bytes=held, share=held / whole, rel_err=off)
+            if first:
+                print(f"decode-{batch}, {kind}: {alone[batch] / ms:.2f} times one GPU", flush=True)
     torch.compiler.reset()
 
 

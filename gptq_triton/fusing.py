@@ -6,7 +6,8 @@ an input multiplies for all; the others take what is theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class _Merged:
     def __init__(self, linear: QuantLinear, sizes: Sequence[int]) -> None:
         self.linear = linear
         self.sizes = list(sizes)
+        self.split = False  # over several ranks
         self.x: Tensor | None = None
         self.parts: list[Tensor | None] = []
 
@@ -113,7 +115,8 @@ def fuse(model: nn.Module, siblings: Iterable[Sequence[str]] = SIBLINGS) -> nn.M
     """Merge quantized layers that read the same input, in place.
 
     Only layers that agree in everything but their width are merged: bits, groups, order, format, dtypes and device.
-    Layers whose call is more than their product stay as they are: those with hooks, and parts that several ranks share.
+    Layers whose call is more than their product stay as they are: those with hooks, and those that several ranks share,
+    unless `ColwiseQuantLinear` has cut their outputs; such layers stay merged for good.
 
     Args:
         model: With `QuantLinear` layers.
@@ -126,8 +129,11 @@ def fuse(model: nn.Module, siblings: Iterable[Sequence[str]] = SIBLINGS) -> nn.M
         for names in siblings:
             layers = [parent._modules.get(name) for name in names]
             linears = [layer for layer in layers if isinstance(layer, QuantLinear)]
-            if len(linears) == len(names) and all(map(_plain, linears)) and _agree(linears):
-                merged = _Merged(_merge(linears), [layer.out_features for layer in linears])
+            if len(linears) == len(names) and (kind := _kind(linears)) and _agree(linears):
+                merged = _Merged(_merge(linears), [layer.outfeatures for layer in linears])
+                if isinstance(kind, Split):
+                    merged.split = True
+                    merged.linear.register_forward_pre_hook(kind.before)
                 for index, name in enumerate(names):
                     setattr(parent, name, FusedPart(merged, index))
     return model
@@ -145,18 +151,45 @@ def stored_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Give every merged layer its own weight again, in place; returns the model."""
+    """Give every merged layer its own weight again, in place; returns the model.
+
+    Raises:
+        ValueError: Several ranks share a merged layer.
+    """
     for parent in list(model.modules()):
         parts = {name: child for name, child in parent.named_children() if isinstance(child, FusedPart)}
+        if any(part._merged.split for part in parts.values()):
+            raise ValueError(f"layers that several ranks share stay merged: {', '.join(parts)}")
         for name, layer in {name: part.unfused() for name, part in parts.items()}.items():
             setattr(parent, name, layer)
     return model
 
 
-def _plain(layer: QuantLinear) -> bool:
-    """Whether calling the layer is its product and nothing else."""
-    hooked = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or "forward" in vars(layer)
-    return not hooked and layer.outfeatures == layer.out_features
+@dataclass(frozen=True)
+class Split:
+    """How a layer came to hold some of its outputs: what siblings must agree in, kept as `QuantLinear.split`.
+
+    Attributes:
+        key: Over which ranks, from which input.
+        before: The hook that makes a layer's input what each rank needs. Outputs stay as they are.
+    """
+
+    key: Any
+    before: Callable[..., Any] = field(compare=False)
+
+
+def _kind(layers: list[QuantLinear]) -> Split | bool:
+    """Whether calling the layers is their products and nothing else; or how all of them are split."""
+    if all(layer.outfeatures == layer.out_features and not _hooks(layer) for layer in layers):
+        return True
+    splits = {layer.split for layer in layers}
+    split = splits.pop() if len(splits) == 1 else None
+    return split if isinstance(split, Split) and all(_hooks(layer) == 2 for layer in layers) else False
+
+
+def _hooks(layer: QuantLinear) -> int:
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks
+    return sum(map(len, hooks)) + 3 * ("forward" in vars(layer))
 
 
 def _agree(layers: list[QuantLinear]) -> bool:

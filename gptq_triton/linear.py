@@ -63,6 +63,7 @@ class QuantLinear(nn.Module):
         TypeError: A size is not an int, or dtype is not floating.
     """
 
+    split: Any = None  # a `fusing.Split` where several ranks share the layer and siblings may still be merged
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor

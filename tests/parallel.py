@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import gptq_triton.integrations.transformers  # noqa: F401
-from gptq_triton import QuantLinear
+from gptq_triton import QuantLinear, fuse, unfuse
+from gptq_triton.fusing import FusedPart
 from gptq_triton.integrations.generation import GraphedDecoding
 from gptq_triton.integrations.peft import register
 from gptq_triton.integrations.tensor_parallel import ColwiseQuantLinear, RowwiseQuantLinear
@@ -85,7 +86,7 @@ def run(rank, folders, out, port):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     try:
-        found = {"styles": styles(), "gathered": gathered(), "models": {}}
+        found = {"styles": styles(), "gathered": gathered(), "merged": merged(), "models": {}}
         for folder in sorted(Path(folders).iterdir()):
             found["models"][folder.name] = from_pretrained(folder)
         found["fsdp"] = data_parallel(Path(folders) / "llama", rank)
@@ -128,6 +129,37 @@ def gathered():
     }
     y, dx = forward_and_gradient(parallelize_module(model, mesh, plan), rows(sizes[0]))
     return y.full_tensor(), local(dx)
+
+
+class Gated(nn.Module):
+    """Two layers with one input."""
+
+    def __init__(self, form):
+        super().__init__()
+        bits, group_size, act_order = form
+        options = {"act_order": act_order, "scale_dtype": torch.float32}
+        for seed, (name, sizes) in enumerate(
+            {"gate_proj": (96, 128), "up_proj": (96, 128), "down_proj": (128, 64)}.items()
+        ):
+            seed = 0 if act_order else seed  # siblings in one order
+            setattr(self, name, QuantLinear.from_packed(random_weight(*sizes, bits, group_size, **options, seed=seed)))
+
+    def forward(self, x):
+        return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
+
+
+def merged():
+    """Siblings that are split, and then merged."""
+    mesh, found = dist.init_device_mesh("cpu", (2,)), {}
+    plan = {"gate_proj": ColwiseQuantLinear(), "up_proj": ColwiseQuantLinear(), "down_proj": RowwiseQuantLinear()}
+    for form in FORMS:
+        model = fuse(parallelize_module(Gated(form), mesh, plan))
+        both = isinstance(model.gate_proj, FusedPart) and isinstance(model.up_proj, FusedPart)
+        try:
+            unfuse(model)
+        except ValueError as error:
+            found[form] = *forward_and_gradient(model, rows(96)), both, str(error)
+    return found
 
 
 def from_pretrained(folder):

@@ -69,6 +69,17 @@ def test_parallel_styles(found):
         assert torch.equal(found[1]["styles"][sizes, form][0], y)
 
 
+def test_siblings_are_merged_after_they_are_split(found):
+    assert found[0]["merged"].keys() == set(parallel.FORMS)
+    for form, (y, dx, both, refusal) in found[0]["merged"].items():
+        expected, dx_expected = parallel.forward_and_gradient(parallel.Gated(form), parallel.rows(96))
+        assert both, form
+        assert (y - expected).norm() <= 1e-6 * expected.norm(), form
+        assert (dx - dx_expected).norm() <= 1e-6 * dx_expected.norm(), form
+        assert torch.equal(found[1]["merged"][form][0], y)
+        assert "layers that several ranks share stay merged: gate_proj, up_proj" in refusal
+
+
 def test_layouts(found):
     sizes = parallel.SIZES[1]
     expected, dx_expected = parallel.forward_and_gradient(

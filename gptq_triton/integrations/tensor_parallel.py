@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from gptq_triton.fusing import Split
 from gptq_triton.linear import QuantLinear
 
 from .sharding import chunk, cut
@@ -154,6 +155,8 @@ def _install(
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
+    if kind == "colwise" and style.output_layouts == makes and style.use_local_output:  # y stays as it is
+        module.split = Split((mesh, style.input_layouts), before)
     return module
 
 

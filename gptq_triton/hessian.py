@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .halves import Matrix, splittable
+from .halves import Matrix, has_tensor_cores, inner, splittable
 
 STRIPS = 4  # of a symmetric product, whose lower triangle is not computed
+PANEL = 2048  # columns of a Cholesky factor that are found at once
 CHUNK = 4096  # tokens of one product on tensor cores, whose sums are kept less exactly than float32
 
 
@@ -121,12 +122,36 @@ def attempt(H: Tensor, order: Tensor, damp: float, dtype: torch.dtype = torch.fl
     Arguments are those of `factorize`.
     """
     backwards = order.flip(0)
-    damped = H[backwards][:, backwards].to(dtype)
+    damped = H[backwards][:, backwards]
+    by_panels = has_tensor_cores(H) and len(H) > 2 * PANEL
+    damped = damped if by_panels else damped.to(dtype)
     damped.diagonal().add_(damp * H.diagonal().double().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    lower, failed = _cholesky(damped) if by_panels else torch.linalg.cholesky_ex(damped)
     diagonal = lower.diagonal().clone()
     unit = lower.div_(diagonal).float().flip(0, 1)
     return Factor(unit, diagonal.flip(0).square().float()), failed
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """As torch.linalg.cholesky_ex, of a float32 matrix that is overwritten by its factor.
+
+    Panels of columns are factored in float64; what they take off the rest is a product of halves.
+    """
+    failed = torch.zeros((), dtype=torch.int32, device=matrix.device)
+    for start in range(0, len(matrix), PANEL):
+        stop = min(start + PANEL, len(matrix))
+        corner, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].double())
+        failed |= info
+        matrix[start:stop, start:stop] = corner
+        below = matrix[stop:, start:stop]
+        # X corner^T = below, as corner X^T = below^T
+        solved = torch.linalg.solve_triangular(corner, below.t().double(), upper=False).float()
+        below.copy_(solved.t())
+        rows = splittable(solved)
+        for first in range(stop, len(matrix), PANEL):
+            last = min(first + PANEL, len(matrix))
+            matrix[first:last, stop:last] -= inner(rows[:, first - stop : last - stop], rows[:, : last - stop])
+    return matrix.tril_(), failed
 
 
 def energy(columns: Tensor, H: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_triton import halves, solver
+from gptq_triton import hessian as hessian_module
 from gptq_triton.halves import Halves, inner, splittable
 from gptq_triton.hessian import Hessian
 from gptq_triton.packing import unpack
@@ -54,6 +55,31 @@ def test_columns_of_any_size_have_a_scale(size):
 def test_kinds_do_not_mix():
     with pytest.raises(TypeError, match="both matrices must be halves, or neither"):
         inner(Halves.of(torch.ones(2, 2)), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("K", [65, 96, 200])
+def test_a_factor_found_by_panels_is_as_exact_as_float32s(K, monkeypatch):
+    random = torch.Generator().manual_seed(K)
+    x = torch.randn(2 * K, K, generator=random) @ torch.randn(K, K, generator=random) * torch.logspace(1, -2, K)
+    H, order = x.t() @ x, torch.randperm(K, generator=random)
+    exact, _ = hessian_module.attempt(H, order, 0.01)
+    single, _ = hessian_module.attempt(H, order, 0.01, torch.float32)
+    monkeypatch.setattr(hessian_module, "PANEL", 32)
+    for module in (halves, hessian_module):
+        monkeypatch.setattr(module, "has_tensor_cores", lambda tensor: True)
+    factor, failed = hessian_module.attempt(H, order, 0.01)
+    assert not bool(failed)
+    assert torch.equal(factor.unit, factor.unit.triu())
+
+    def off(factor):
+        """Of the matrix that was factored, each element against the sizes of its row and column."""
+        root = factor.unit.double() * factor.cost.double().sqrt()
+        goal = exact.unit.double() * exact.cost.double().sqrt()
+        scale = goal.norm(dim=1)
+        return ((root @ root.t() - goal @ goal.t()) / scale[:, None] / scale).norm()
+
+    assert off(factor) <= 4 * off(single) + 1e-7
+    assert bool(hessian_module.attempt(-H, order, 0.01)[1])
 
 
 @pytest.mark.parametrize("desc_act", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -315,21 +315,53 @@ def _solve_block(
     for stage in ranks.gather(stages(layers, run))[0] if config.true_sequential else [list(targets)]:
         observer = Observer({name: layers[name] for name in stage})
         observer.watch(run, masks, ranks, full)
-        for names in observer.groups({name: repr(targets[name].config) for name in stage}):
-            own = targets[names[0]].config
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # the inputs are still being counted
-            started = time.perf_counter()
-            bar.set_postfix_str(names[0].split(".", 2)[-1])
-            hessian = observer.hessian(names[0])
-            options = own.solver_options()
-            solved = solve({n: weight_of(targets[n].layer) for n in names}, hessian, own.spec(), options, method)
+        groups = observer.groups({name: repr(targets[name].config) for name in stage})
+        for names, solved, seconds in _solve_groups(groups, targets, observer, ranks, method, bar):
             for name in names:
                 weight_of(targets[name].layer).copy_(solved[name].dequantized)
                 packed[name] = _quant_linear(targets[name].layer, solved[name])
-                reports.append(_report(name, solved[name], own, (time.perf_counter() - started) / len(names)))
+                reports.append(_report(name, solved[name], targets[name].config, seconds / len(names)))
                 bar.update()
     return packed, reports
+
+
+def _solve_groups(
+    groups: list[list[str]],
+    targets: Mapping[str, _Target],
+    observer: Observer,
+    ranks: Ranks,
+    method: Literal["gptq", "rtn"],
+    bar: Any,
+) -> Iterator[tuple[list[str], dict[str, Solution], float]]:
+    """Solve groups of layers: their names, solutions and seconds; of several processes, each solves some."""
+
+    def solution(names: list[str]) -> tuple[dict[str, Solution], float]:
+        own = targets[names[0]].config
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the inputs are still being counted
+        started = time.perf_counter()
+        bar.set_postfix_str(names[0].split(".", 2)[-1])
+        weights = {name: weight_of(targets[name].layer) for name in names}
+        solved = solve(weights, observer.hessian(names[0]), own.spec(), own.solver_options(), method)
+        return solved, time.perf_counter() - started
+
+    if ranks.group is None:  # one after another: solutions are larger than layers
+        yield from ((names, *solution(names)) for names in groups)
+        return
+    shapes = [[targets[name].shape for name in names] for names in groups]
+    owners = ranks.owners([sum(N + K / 3 for N, K in each) * each[0][1] ** 2 for each in shapes])
+    mine: dict[int, Any] = {}
+    for index, names in enumerate(groups):
+        if owners[index] == ranks.rank:
+            try:
+                mine[index] = solution(names)
+            except ValueError as error:  # every process must hear of it
+                mine[index] = error
+    for index, names in enumerate(groups):
+        found = ranks.share(owners[index], mine.pop(index, None), weight_of(targets[names[0]].layer).device)
+        if isinstance(found, ValueError):
+            raise found
+        yield names, *found
 
 
 def _quant_linear(layer: nn.Module, solution: Solution) -> QuantLinear:

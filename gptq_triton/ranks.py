@@ -1,9 +1,11 @@
-"""Calibration on several GPUs: each process runs some of the batches, and their Hessians are added."""
+"""Quantizing on several GPUs: each process runs some batches, whose Hessians are added, and solves some layers."""
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +63,31 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """The process that does each of some jobs, so that none has much more to do than others; the same on all."""
+        loads = [0.0] * (1 if self.group is None else dist.get_world_size(self.group))
+        chosen = [0] * len(costs)
+        for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+            chosen[job] = loads.index(min(loads))
+            loads[chosen[job]] += costs[job]
+        return chosen
+
+    def share(self, owner: int, value: Any, device: torch.device) -> Any:
+        """One process's value, with tensors in it, on every process; theirs are on a device."""
+        if self.group is None:
+            return value
+        source = dist.get_global_rank(self.group, owner)
+        pickler = _Pickler()
+        sent = [pickler.of(value) if owner == self.rank else b""]
+        dist.broadcast_object_list(sent, source, self.group)
+        tensors = pickler.tensors
+        if owner != self.rank:
+            unpickler = _Unpickler(io.BytesIO(sent[0]), device)
+            value, tensors = unpickler.load(), unpickler.tensors
+        for tensor in tensors:
+            dist.broadcast(tensor, source, self.group)
+        return value
+
     def _added(self, own: Hessian | None, about: list[tuple[int, int, bool] | None]) -> Hessian:
         """One Hessian of all processes; about: size, tokens and whether there is a drift, of each that has it."""
         K = next(each[0] for each in about if each)
@@ -93,3 +120,36 @@ def _branch(parts: Iterator[Hessians], count: int) -> dict[str, Hessian]:
         else:
             left[name] = hessian
     return left
+
+
+class _Pickler(pickle.Pickler):
+    """Keeps tensors apart, which travel by themselves."""
+
+    def __init__(self) -> None:
+        self._file = io.BytesIO()
+        super().__init__(self._file)
+        self.tensors: list[torch.Tensor] = []
+
+    def of(self, value: Any) -> bytes:
+        self.dump(value)
+        return self._file.getvalue()
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor):
+            return None
+        self.tensors.append(obj.contiguous())
+        return tuple(obj.shape), obj.dtype
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes room for the tensors."""
+
+    def __init__(self, file: io.BytesIO, device: torch.device) -> None:
+        super().__init__(file)
+        self._device = device
+        self.tensors: list[torch.Tensor] = []
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        shape, dtype = pid
+        self.tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
+        return self.tensors[-1]

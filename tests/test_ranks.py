@@ -1,6 +1,7 @@
 """Calibration shared by two processes: what comes out is what one process gives, bit for bit."""
 
 import socket
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +42,10 @@ def run(rank, port, folder):
     found = {name: quantized(name, folder, dist.group.WORLD) for name in CONFIGS}
     with pytest.raises(ValueError, match="calibration must be 2 batches"):
         quantize_model(tiny("llama"), batches(1), group=dist.group.WORLD)
+    broken = tiny("llama")
+    broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan  # one process finds it
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj: the weight must be finite"):
+        quantize_model(broken, batches(1) + batches(1, 16), CONFIGS["llama"], progress=False, group=dist.group.WORLD)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -94,3 +99,16 @@ def test_every_batch_is_run_once_and_sums_do_not_depend_on_the_processes(count, 
     while len(branches) > 1:
         branches = [a + b for a, b in zip(branches[::2], branches[1::2], strict=True)]
     assert torch.equal(branches[0], whole)
+
+
+@given(costs=st.lists(st.floats(0.1, 9), max_size=12), size=st.sampled_from((2, 4, 8)))
+def test_no_process_has_much_more_to_solve_than_others(costs, size):
+    with (
+        mock.patch.object(dist, "get_rank", return_value=0),
+        mock.patch.object(dist, "get_world_size", return_value=size),
+    ):
+        owners = Ranks(64, mock.sentinel.group).owners(costs)
+    loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
+    assert sum(loads) == pytest.approx(sum(costs))
+    assert max(loads) <= sum(costs) / size + max(costs, default=0)
+    assert Ranks(64).owners(costs) == [0] * len(costs)

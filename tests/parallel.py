@@ -76,8 +76,9 @@ def local(tensor):
 
 
 def held(model):
-    """Bytes of one rank."""
-    return sum(local(tensor).nbytes for tensor in [*model.parameters(), *model.buffers()])
+    """Bytes of one rank's decoder blocks; older transformers leave embeddings whole, which tiny models feel."""
+    blocks = model.get_decoder().layers
+    return sum(local(tensor).nbytes for tensor in [*blocks.parameters(), *blocks.buffers()])
 
 
 def run(rank, folders, out, port):

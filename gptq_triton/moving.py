@@ -59,16 +59,25 @@ class Mover:
             return
         future.result()
         if self._stream is not None:
-            for tensor in itertools.chain(block.parameters(), block.buffers()):
-                tensor.record_stream(torch.cuda.current_stream(self.device))
+            self._used_on(block, torch.cuda.current_stream(self.device))
 
     def leave(self, block: nn.Module, home: torch.device) -> None:
         """Take a block home once the current stream is done with it; until the end it must not be used."""
         if self._thread is None or home.type == self.device.type:
             block.to(home)
             return
-        done: Any = None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
+        done: Any = None
+        if self._stream is not None:
+            done = torch.cuda.current_stream(self.device).record_event()
+            self._used_on(block, self._stream)
         self._leaving.append(self._thread.submit(self._move, block, home, done))
+
+    @staticmethod
+    def _used_on(block: nn.Module, stream: torch.cuda.Stream) -> None:
+        """A block's memory is not given to others before a stream, which is not the one it was made on, is done."""
+        for tensor in itertools.chain(block.parameters(), block.buffers()):
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
 
     def _move(self, block: nn.Module, where: torch.device, after: torch.cuda.Event | None = None) -> None:
         if self._stream is None:

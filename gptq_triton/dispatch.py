@@ -274,7 +274,7 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
         yield from plans
         if tiles == 1:
             own = (with_own_digits(problem, replace(plan, depth=depth)) for plan in plans)
-            yield from (plan for plan in own if plan is not None)
+            yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 0.3)
 
 
 def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:

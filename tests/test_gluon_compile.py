@@ -18,6 +18,7 @@ from gptq_triton.dispatch import (
     WidePlan,
     candidates,
     choose_transposed,
+    with_own_digits,
 )
 from gptq_triton.layout import ONE_GROUP
 from gptq_triton.spec import BITS
@@ -78,10 +79,10 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
 def cases():
     """The first plan of each kernel for every width and number of rows; fewer where only the target differs."""
     for bits in BITS:
-        for M in (4, 8, 16):
+        for M in (1, 4, 8, 16):
             yield replace(LARGE, M=M, bits=bits), M == 8
     for columns in (64, 32, ONE_GROUP):
-        for M in (4, 16):
+        for M in (1, 4, 16):
             yield replace(LARGE, M=M, bits=3, group_columns=columns, dtype=torch.bfloat16), True
     for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
         yield replace(LARGE, M=4, bits=3, arch=arch), False
@@ -90,18 +91,21 @@ def cases():
 
 @pytest.mark.parametrize(("problem", "bias"), [pytest.param(*case, id=str(i)) for i, case in enumerate(cases())])
 def test_plans_compile_and_fit(problem, bias, tmp_path):
-    firsts: dict[object, DecodePlan | WidePlan] = {}
+    firsts: dict[object, DecodePlan | WidePlan | None] = {}
     for plan in candidates(problem):
         if isinstance(plan, (DecodePlan, WidePlan)):
-            own = isinstance(plan, DecodePlan) and plan.own_digits
-            if not own:
-                plan = replace(plan, split=1 if bias else 2)
+            if isinstance(plan, DecodePlan) and plan.own_digits:
+                continue
+            plan = replace(plan, split=1 if bias else 2)
             if isinstance(plan, DecodePlan):
-                plan = replace(plan, persistent=bias and plan.split == 1)
-            firsts.setdefault((type(plan), own), plan)
-    assert (DecodePlan, False) in firsts
-    assert ((DecodePlan, True) in firsts) == (problem.M <= 4)
-    for plan in firsts.values():
+                plan = replace(plan, persistent=bias)
+                splits = (1, 2, 4, 8, 16) if problem.M <= 4 else ()
+                own = (with_own_digits(problem, replace(plan, split=split)) for split in splits)
+                firsts.setdefault("own digits", next(filter(None, own), None))  # the longest that fit
+            firsts.setdefault(type(plan), plan)
+    assert DecodePlan in firsts
+    assert (firsts["own digits"] is not None) == (problem.M <= 4)
+    for plan in filter(None, firsts.values()):
         binary = compiled_plan(problem, plan, bias=bias)
         assert binary.metadata.shared <= SHARED_MEMORY[problem.arch]
         report = ptxas_report(binary, tmp_path)

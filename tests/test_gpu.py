@@ -146,14 +146,16 @@ def test_digits_are_the_same_wherever_they_are_found(M, group_size, dtype, act_o
     for rows in (random_rows(M, 1500, dtype, device=DEVICE), random_rows(M, 1501, dtype, device=DEVICE)[:, 1:]):
         problem = product.problem_of(M, dtype, 0, tiled)
         operands = product.Operands.of(tiled, None, False)
-        found = {}
         for plan in dispatch.candidates(problem):
             assert isinstance(plan, dispatch.DecodePlan)
-            y = rows.new_full((M, 200), float("nan"))
-            product.prepare_launch(problem, plan, operands, 0)(rows, rows.stride(0), None, tiled, y)
-            tiles = plan.strips, plan.warps_n, plan.warps_k, plan.split
-            assert torch.equal(found.setdefault(tiles, y), y), plan
-        assert any(plan.own_digits for plan in dispatch.candidates(problem))
+            own = dispatch.with_own_digits(problem, plan)
+            assert own is not None
+            found = []
+            for each in (replace(plan, own_digits=False, chunk=plan.depth), own):
+                y = rows.new_full((M, 200), float("nan"))
+                product.prepare_launch(problem, each, operands, 0)(rows, rows.stride(0), None, tiled, y)
+                found.append(y)
+            assert torch.equal(*found), plan
 
 
 @pytest.mark.parametrize("dtype", HALVES)

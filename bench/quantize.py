@@ -48,8 +48,8 @@ METHOD = (
     "solver: solve() with factorisation, energies and packing, 4 bits, groups of 128, zero points, eager and fused in "
     "turns, medians of 3; loss: tr(E H E^T) in float64, fused over eager. hessian: 16384 tokens of float16, and how "
     f"far off float64 in norm. model: random float16 weights, {SEGMENTS} x {LENGTH} tokens, 4 bits, groups of 128; "
-    "seconds from the model on disk to the checkpoint on disk, of the first one with compiling kernels. ranks: the same tokens and 4 such layers, on the GPU; "
-    "calibration: all but solving"
+    "seconds from the model on disk to the checkpoint on disk, of the first one with compiling kernels. ranks: the "
+    "same tokens and 4 such layers, on the GPU; calibration: all but solving"
 )
 
 

@@ -13,10 +13,14 @@ bit for bit, except where that code damages its input:
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from .spec import BITS
+
+MSE_NORM, MSE_GRID, MSE_MAXSHRINK = 2.4, 100, 0.8  # GPTQ-for-LLaMa's defaults
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, maxq: Tensor | int) -> Tensor:
@@ -44,9 +48,9 @@ def group_params(
     maxq: int,
     sym: bool,
     mse: bool = False,
-    norm: float = 2.4,
-    grid: int = 100,
-    maxshrink: float = 0.8,
+    norm: float = MSE_NORM,
+    grid: int = MSE_GRID,
+    maxshrink: float = MSE_MAXSHRINK,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row; :meth:`Quantizer.configure` says what the arguments mean.
 
@@ -67,14 +71,20 @@ def group_params(
     if not mse:
         return scale, zero
     best = torch.full_like(scale, torch.inf)
-    for step in range(int(maxshrink * grid)):
-        keep = 1 - step / grid
+    for keep in (1 - step / grid for step in range(int(maxshrink * grid))):
         scale1, zero1 = _grid(keep * low, keep * high, maxq, sym)
         error = quantize(rows, scale1[:, None], zero1[:, None], maxq).sub_(rows).abs_().pow_(norm).sum(1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, scale1, scale), torch.where(better, zero1, zero)
     return scale, zero
+
+
+@functools.cache
+def mse_shares(device: torch.device) -> Tensor:
+    """What `group_params` tries to keep of a range with its defaults, float32."""
+    steps = range(int(MSE_MAXSHRINK * MSE_GRID))
+    return torch.tensor([1 - step / MSE_GRID for step in steps], dtype=torch.float32, device=device)
 
 
 def _grid(low: Tensor, high: Tensor, maxq: int, sym: bool) -> tuple[Tensor, Tensor]:
@@ -107,9 +117,9 @@ class Quantizer(nn.Module):
         perchannel: bool = False,
         sym: bool = True,
         mse: bool = False,
-        norm: float = 2.4,
-        grid: int = 100,
-        maxshrink: float = 0.8,
+        norm: float = MSE_NORM,
+        grid: int = MSE_GRID,
+        maxshrink: float = MSE_MAXSHRINK,
     ) -> None:
         """Set what :meth:`find_params` looks for.
 

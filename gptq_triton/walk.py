@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .halves import empty_like, inner
 from .hessian import Factor
 from .options import SolverOptions
 from .packing import storable
-from .quantizer import encode, group_params
+from .quantizer import MSE_NORM, encode, group_params, mse_shares
 from .refinement import Rounded, clipped_params, kept_shares
 from .spec import QuantSpec
 
@@ -136,11 +137,15 @@ def find_groups(
         scales: (G, N), overwritten; on a GPU one beyond its dtype is left infinite, elsewhere a ValueError.
         zeros: float32 (G, N), overwritten.
     """
-    if options.clip and _fused(columns, options):
+    if (options.clip or options.mse) and _fused(columns, options):
         from .kernels.clip import clip
 
+        how: dict[str, Any] = {"length": length, "maxq": spec.maxq, "sym": spec.sym}
         keep = kept_shares(columns.device)
-        clip(columns.contiguous(), cost, keep, scales, zeros, length=length, maxq=spec.maxq, sym=spec.sym)
+        if options.mse:
+            how |= {"power": MSE_NORM, "stored": False}
+            keep, cost = mse_shares(columns.device), torch.ones_like(cost)
+        clip(columns.contiguous(), cost, keep, scales, zeros, **how)
         return
     for group, (rows, costs) in enumerate(zip(columns.split(length), cost.split(length), strict=True)):
         if options.clip:

@@ -1,8 +1,8 @@
 """The range of each group of weights, shrunk where that lowers its rounding error: every candidate in one launch.
 
 `gptq_triton.walk` and `solver` run it where a weight is on a GPU, unless ``SolverOptions.fused`` is off; elsewhere
-`refinement.clipped_params` does the same by operations of PyTorch. Scales and zero points of a candidate are the
-same to the bit; the sums that choose between candidates are added in another order.
+`refinement.clipped_params`, or with ``mse`` `quantizer.group_params`, does the same in PyTorch. Scales and
+zero points of a candidate are the same to the bit; the sums that choose between candidates are added in another order.
 """
 
 import triton
@@ -30,6 +30,8 @@ def clip_kernel(
     candidates,
     SYM: tl.constexpr,
     SHORT: tl.constexpr,
+    POWER: tl.constexpr,
+    STORED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -61,36 +63,43 @@ def clip_kernel(
         low = -high
 
     # The best candidate, the first of equals
-    dtype: tl.constexpr = scales_ptr.dtype.element_ty
+    dtype: tl.constexpr = scales_ptr.dtype.element_ty if STORED else tl.float32
     best = tl.full((BLOCK_N,), float("inf"), tl.float32)
     best_scale, best_zero = grid_of(low, high, maxq, dtype, SYM)  # pyright: ignore[reportGeneralTypeIssues]
     for i in range(candidates):
         keep = tl.load(keep_ptr + i)
         scale, zero = grid_of(low * keep, high * keep, maxq, dtype, SYM)  # pyright: ignore[reportGeneralTypeIssues]
-        loss = _loss(rows, cost, scale, zero, maxq)
+        loss = _loss(rows, cost, scale, zero, maxq, POWER)
         if not SHORT:
             for start in range(BLOCK_R, count, BLOCK_R):
                 inside = start + offs_r < count
                 mask = inside[:, None] & mask_n[None, :]
                 more = tl.load(columns_ptr + (offs_k + start)[:, None] * N, mask=mask, other=0.0)
                 costs = tl.load(cost_ptr + offs_k + start, mask=inside, other=0.0)
-                loss += _loss(more, costs, scale, zero, maxq)
-        loss = loss * scale * scale
+                loss += _loss(more, costs, scale, zero, maxq, POWER)
+        loss = loss * _power(scale, POWER)
         better = loss < best
         best = tl.where(better, loss, best)
         best_scale, best_zero = tl.where(better, scale, best_scale), tl.where(better, zero, best_zero)
     offs = group.to(tl.int64) * N + offs_n
-    tl.store(scales_ptr + offs, best_scale.to(dtype), mask=mask_n)
+    tiny: tl.constexpr = 6.103515625e-05 if scales_ptr.dtype.element_ty == tl.float16 else 1.1754943508222875e-38
+    tl.store(scales_ptr + offs, tl.maximum(best_scale, tiny).to(scales_ptr.dtype.element_ty), mask=mask_n)
     tl.store(zeros_ptr + offs, best_zero, mask=mask_n)
 
 
 @triton.jit
-def _loss(rows, cost, scale, zero, maxq):
-    """What a grid costs each output, in steps squared."""
+def _power(x, POWER: tl.constexpr):
+    """x >= 0 to a power."""
+    return x * x if POWER == 2.0 else tl.exp2(POWER * tl.log2(x))
+
+
+@triton.jit
+def _loss(rows, cost, scale, zero, maxq, POWER: tl.constexpr):
+    """What a grid costs each output, in steps to that power."""
     steps = tl.div_rn(rows, tl.broadcast_to(scale[None, :], rows.shape))
     near = to_nearest(tl.minimum(tl.maximum(steps, -1024.0), 1024.0))  # beyond any code: same code
     miss = tl.minimum(tl.maximum(near, -zero[None, :]), maxq - zero[None, :]) - steps
-    return tl.sum(cost[:, None] * (miss * miss), axis=0)
+    return tl.sum(cost[:, None] * _power(tl.abs(miss), POWER), axis=0)
 
 
 def clip(
@@ -103,6 +112,8 @@ def clip(
     length: int,
     maxq: int,
     sym: bool,
+    power: float = 2.0,
+    stored: bool = True,
     block_n: int = 16,
     num_warps: int = 4,
 ) -> None:
@@ -110,19 +121,22 @@ def clip(
 
     Args:
         rows: float32 (K, N).
-        cost: What the square of an error in each input costs, >= 0, float32 (K,).
+        cost: What an error of 1 in each input costs, >= 0, float32 (K,).
         keep: Shares of a group's whole range that are tried, float32.
         scales: 16 bits or float32 (G, N), overwritten; infinite where their dtype cannot hold them.
         zeros: Integral zero points, float32 (G, N), overwritten.
         length: Rows of a group; the last may have fewer.
         maxq: Largest code.
         sym: Zero points are (maxq + 1) / 2.
+        power: To which errors count.
+        stored: Candidates are compared with their scales as they are stored.
         block_n: Outputs of a program, a power of two.
         num_warps: Warps per program.
     """
     K, N = rows.shape
     constants = {
-        "SYM": sym, "SHORT": min(length, K) <= BLOCK_R, "ALIGNED": N % 16 == 0, "BLOCK_R": BLOCK_R, "BLOCK_N": block_n,
+        "SYM": sym, "SHORT": min(length, K) <= BLOCK_R, "POWER": float(power), "STORED": stored,
+        "ALIGNED": N % 16 == 0, "BLOCK_R": BLOCK_R, "BLOCK_N": block_n,
     }  # fmt: skip
     pointers, integers = (rows, cost, keep, scales, zeros), (K, length, maxq, N, len(keep))
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
@@ -134,8 +148,17 @@ BLOCK_R = 128  # rows that a program keeps
 _POINTERS = {"rows_ptr": "fp32", "cost_ptr": "fp32", "keep_ptr": "fp32", "scales_ptr": "x", "zeros_ptr": "fp32"}
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of scales) and constants
 VARIANTS = tuple(
-    {"kernel": clip_kernel, **_POINTERS, "SYM": sym, "SHORT": short, "ALIGNED": short, "BLOCK_R": BLOCK_R}
-    for sym, short in ((True, True), (False, True), (False, False))
+    {
+        "kernel": clip_kernel,
+        **_POINTERS,
+        "SYM": sym,
+        "SHORT": short,
+        "POWER": power,
+        "STORED": power == 2,
+        "ALIGNED": short,
+        "BLOCK_R": BLOCK_R,
+    }
+    for sym, short, power in ((True, True, 2.0), (False, True, 2.0), (False, False, 2.0), (False, True, 2.4))
 )
 # Outputs of a program and warps: the launcher's default
 TILES = ((16, 4),)

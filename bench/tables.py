@@ -131,6 +131,11 @@ def prefill() -> str:
     return "\n".join(lines)
 
 
+def kind_of(row: dict) -> str:
+    """Of the model of a row of e2e.json, and how it was compiled."""
+    return row["kind"] + ", pdl" * row.get("pdl", False)
+
+
 def end_to_end() -> str:
     """A whole model's decoding, prefill and adapter training."""
     result = read(GPU / "e2e.json")
@@ -146,8 +151,8 @@ def end_to_end() -> str:
     for row in rows:
         outside = f"{row['outside_ms']:.2f}" if "outside_ms" in row else ""
         lines.append(
-            f"| {row['job']}, {row['kind']} | {row['weights_gb']:.1f} GB | {row['ms']:.2f} | {row['tokens_per_s']:.0f} "
-            f"| {row['vs_fp16']:.2f} | {outside} |"
+            f"| {row['job']}, {kind_of(row)} | {row['weights_gb']:.1f} GB | {row['ms']:.2f} "
+            f"| {row['tokens_per_s']:.0f} | {row['vs_fp16']:.2f} | {outside} |"
         )
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from cases import Case
 from reading import Cell, cells, fractions, geomean, read, speedups
-from tables import DEFAULT, GPU
+from tables import DEFAULT, GPU, kind_of
 
 Values = Mapping[str, float]
 LARGE = 64e6  # bytes of packed codes
@@ -168,7 +168,7 @@ def _host(rows: Iterable[dict[str, Any]], ratio: bool) -> Values:
 def _model(rows: Iterable[dict[str, Any]], job: str, figure: str = "vs_fp16") -> Values:
     """The best of the quantized kinds."""
     found = {
-        f"{job} {row['kind']}": row[figure]
+        f"{job} {kind_of(row)}": row[figure]
         for row in rows
         if row["job"] == job and row["kind"] != "fp16" and figure in row
     }

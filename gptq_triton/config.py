@@ -212,7 +212,7 @@ class QuantizeConfig:
                 found[name] = meta[name]
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         own = {name: value for name, value in found.items() if name in known and value is not None}
-        own = {"checkpoint_format": "gptq", **_UNSAID} | own
+        own = {"checkpoint_format": "gptq", **UNSAID} | own
         extra = {name: value for name, value in fields.items() if name not in known}
         return cls(**own, extra=extra)
 
@@ -245,7 +245,7 @@ class QuantizeConfig:
         return dataclasses.replace(self, dynamic={}, **own)
 
 
-_UNSAID = {"clip": False, "refine": 0}  # of a file that does not say: checkpoints of others are made without
+UNSAID = {"clip": False, "refine": 0}  # of a file that does not say: checkpoints of others are made without
 
 _OVERRIDABLE = {f.name for f in dataclasses.fields(QuantizeConfig)} - {
     "dynamic",

@@ -54,7 +54,7 @@ class Hessian:
 
 def _add_square(total: Tensor, rows: Tensor) -> None:
     """``total += rows^T rows``, float32 += floating, one triangle computed and mirrored: the result is symmetric."""
-    half = rows.dtype in (torch.float16, torch.bfloat16) and total.is_cuda and rows.is_cuda and not torch.version.hip
+    half = rows.dtype in (torch.float16, torch.bfloat16) and has_tensor_cores(total) and rows.is_cuda
     chunks = rows.split(CHUNK) if half else [rows.to(total)]
     K = len(total)
     width = -(-K // STRIPS)
@@ -159,7 +159,7 @@ def energy(columns: Tensor, H: Tensor) -> Tensor:
 
     There the products are those of ``E E^T``, whose many terms average the roundings out: some 1e-5 of the result.
     """
-    if not columns.is_cuda or torch.version.hip:
+    if not has_tensor_cores(columns):
         return (H @ columns).mul_(columns).sum(dtype=torch.float64)
     rounded, total = columns.bfloat16(), torch.zeros((), dtype=torch.float64, device=columns.device)
     width = -(-len(H) // STRIPS)

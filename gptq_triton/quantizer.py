@@ -71,7 +71,7 @@ def group_params(
     if not mse:
         return scale, zero
     best = torch.full_like(scale, torch.inf)
-    for keep in (1 - step / grid for step in range(int(maxshrink * grid))):
+    for keep in _shares(grid, maxshrink):
         scale1, zero1 = _grid(keep * low, keep * high, maxq, sym)
         error = quantize(rows, scale1[:, None], zero1[:, None], maxq).sub_(rows).abs_().pow_(norm).sum(1)
         better = error < best
@@ -83,8 +83,12 @@ def group_params(
 @functools.cache
 def mse_shares(device: torch.device) -> Tensor:
     """What `group_params` tries to keep of a range with its defaults, float32."""
-    steps = range(int(MSE_MAXSHRINK * MSE_GRID))
-    return torch.tensor([1 - step / MSE_GRID for step in steps], dtype=torch.float32, device=device)
+    return torch.tensor(_shares(MSE_GRID, MSE_MAXSHRINK), dtype=torch.float32, device=device)
+
+
+def _shares(grid: int, maxshrink: float) -> list[float]:
+    """What is kept of a range, from all of it down."""
+    return [1 - step / grid for step in range(int(maxshrink * grid))]
 
 
 def _grid(low: Tensor, high: Tensor, maxq: int, sym: bool) -> tuple[Tensor, Tensor]:

@@ -219,13 +219,10 @@ def refit_scales(
     loss = error.mul_(gradient).sum(0, dtype=torch.float64)
     changes = empty_like(columns.to(dtype))
     scales, zeros = rounded.scales.clone(), rounded.zeros.clone()
-    shifts = torch.zeros(1) if spec.sym else torch.arange(-spec.maxq, spec.maxq + 1)
-    shifts = shifts.to(gradient.device, torch.float64)[:, None]  # (Z, 1)
     longest = max(stop - start for _, start, stop in members.spans)
     if fused and isinstance(changes, Halves) and longest <= LONGEST_FUSED:
         from .kernels.refit import refit
 
-        zeros = zeros.float()
         for group, start, stop in members.spans:
             before = inner(metric.products[:start, start:stop], changes[:start])
             refit(
@@ -233,6 +230,8 @@ def refit_scales(
                 group=group, first=start, count=stop - start, maxq=spec.maxq, sym=spec.sym, low_unit=LOW,
             )  # fmt: skip
         return Rounded(rounded.codes, scales, zeros, rounded.g_idx), loss
+    shifts = torch.zeros(1) if spec.sym else torch.arange(-spec.maxq, spec.maxq + 1)
+    shifts = shifts.to(gradient.device, torch.float64)[:, None]  # (Z, 1)
     for group, start, stop in members.spans:
         H_group = metric.H[start:stop, start:stop].double()
         scale, zero = scales[group].double(), zeros[group].double()

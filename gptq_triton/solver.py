@@ -167,21 +167,22 @@ def solve(
     for name, weight in weights.items():
         stop = start + weight.shape[0]
         W, rtn = target[:, start:stop], nearest.slice(start, stop)
-        chosen = rtn if found is None else found.slice(start, stop)
-        parts[name] = chosen, chosen.dequantize()
-        figures.append(torch.stack([energy(E, H) for E in (W, W - rtn.dequantize(), W - parts[name][1])]))
+        tried = [rtn] if found is None else [rtn, found.slice(start, stop)]  # the last is what is chosen
+        floats = [each.dequantize() for each in tried]
+        parts[name] = tried[-1], floats[-1]
+        figures.append(torch.stack([energy(W, H), *(energy(W - each, H) for each in floats)]))
         start = stop
     return {
         name: Solution(
             weight=_pack(chosen, spec, options),
             dequantized=dequantized.t(),
             method="rtn" if found is None else "gptq",
-            error=_relative(error, size),
-            error_rtn=_relative(error_rtn, size),
+            error=_relative(errors[-1], size),
+            error_rtn=_relative(errors[0], size),
             damp=damp,
             tokens=hessian.tokens,
         )
-        for (name, (chosen, dequantized)), (size, error_rtn, error) in zip(
+        for (name, (chosen, dequantized)), (size, *errors) in zip(
             parts.items(), torch.stack(figures).tolist(), strict=True
         )
     }

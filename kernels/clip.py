@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import run
-from .solve import grid_of, to_nearest
+from .solve import as_stored, grid_of, to_nearest
 
 
 @triton.jit(
@@ -82,8 +82,8 @@ def clip_kernel(
         best = tl.where(better, loss, best)
         best_scale, best_zero = tl.where(better, scale, best_scale), tl.where(better, zero, best_zero)
     offs = group.to(tl.int64) * N + offs_n
-    tiny: tl.constexpr = 6.103515625e-05 if scales_ptr.dtype.element_ty == tl.float16 else 1.1754943508222875e-38
-    tl.store(scales_ptr + offs, tl.maximum(best_scale, tiny).to(scales_ptr.dtype.element_ty), mask=mask_n)
+    stored = as_stored(best_scale, scales_ptr.dtype.element_ty)
+    tl.store(scales_ptr + offs, stored.to(scales_ptr.dtype.element_ty), mask=mask_n)
     tl.store(zeros_ptr + offs, best_zero, mask=mask_n)
 
 

@@ -22,6 +22,13 @@ def to_nearest(x):
 
 
 @triton.jit
+def as_stored(scale, dtype: tl.constexpr):
+    """A float32 scale as the dtype that stores it holds it, never below its smallest normal number."""
+    tiny: tl.constexpr = 6.103515625e-05 if dtype == tl.float16 else 1.1754943508222875e-38
+    return tl.maximum(scale.to(dtype).to(tl.float32), tiny)
+
+
+@triton.jit
 def grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
     """Scale, rounded to the dtype that stores it, and zero point for low <= 0 <= high, as the quantizer finds them."""
     if SYM:
@@ -35,8 +42,7 @@ def grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
         zero = tl.zeros_like(low) + (maxq + 1) // 2
     else:
         zero = to_nearest(tl.div_rn(-low, exact))
-    tiny: tl.constexpr = 6.103515625e-05 if dtype == tl.float16 else 1.1754943508222875e-38
-    return tl.maximum(exact.to(dtype).to(tl.float32), tiny), zero
+    return as_stored(exact, dtype), zero
 
 
 @triton.jit(

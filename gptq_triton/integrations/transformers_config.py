@@ -10,7 +10,7 @@ from typing import Any, cast
 from transformers import GPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
-from gptq_triton.config import QuantizeConfig
+from gptq_triton.config import UNSAID, QuantizeConfig
 
 # transformers' own arguments: how to quantize here and now, which is no property of the result
 _ARGUMENTS = ("tokenizer", "dataset")
@@ -66,8 +66,8 @@ class GptqTritonConfig(GPTQConfig):
         self.__dict__.update({name: fields.get(name, default) for name, default in _STOCK.items()})
         config = QuantizeConfig.from_dict({"bits": bits, "quant_method": method} | label | fields)
         if dataset is not None:  # what a file leaves unsaid was not done, but this is to be made
-            unsaid: dict[str, Any] = {"clip": None, "refine": QuantizeConfig.refine}
-            config = dataclasses.replace(config, **{name: unsaid[name] for name in unsaid.keys() - fields.keys()})
+            unsaid = {name: getattr(QuantizeConfig, name) for name in UNSAID.keys() - fields.keys()}
+            config = dataclasses.replace(config, **unsaid)
         self.set_quantize_config(config)
         self.tokenizer, self.dataset = tokenizer, dataset
         self.quant_method = cast("Any", QuantizationMethod.GPTQ if method == "gptq" else method)

@@ -1,37 +1,56 @@
-"""Run the tests that need a GPU and record the outcome of each in ``bench/results/<gpu>/tests.json``."""
+"""Run the tests that need a GPU and record the outcome of each in ``bench/results/<gpu>/tests.json``.
+
+    python bench/gpu_tests.py                 # all of them
+    python bench/gpu_tests.py -n 15 -k decode   # arguments are pytest's
+    OUTCOMES=file.json python bench/gpu_tests.py
+
+An outcome is saved as soon as it is known. A run that was stopped goes on: what has passed at this commit is not run
+again.
+"""
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
-import tempfile
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
-from record import RESULTS, folder, provenance, write
-
-
-def main() -> int:
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", *sys.argv[1:]]
-        code = subprocess.run(command, cwd=RESULTS.parent.parent).returncode
-        suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
-    tests = [
-        {"name": case.get("name"), "seconds": float(case.get("time") or 0), "outcome": _outcome(case)}
-        for case in suite.iter("testcase")
-    ]
-    counts = {kind: sum(test["outcome"] == kind for test in tests) for kind in ("passed", "failed", "skipped")}
-    result = provenance("pytest -m gpu") | counts | {"seconds": float(suite.get("time") or 0), "rows": tests}
-    write(folder() / "tests.json", result)
-    return code
+import pytest
+from ledger import Ledger
+from record import folder, provenance
 
 
-def _outcome(case: ElementTree.Element) -> str:
-    if case.find("failure") is not None or case.find("error") is not None:
-        return "failed"
-    return "skipped" if case.find("skipped") is not None else "passed"
+class Outcomes:
+    """A plugin of pytest."""
+
+    def __init__(self, path: Path):
+        self.ledger = Ledger(path, provenance("pytest -m gpu"), renew=True, identity=("test",))
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave out what has passed."""
+        rows = {row["test"]: row for row in self.ledger.rows}
+        done = [i for i in items if self.ledger.has({"test": i.nodeid}) and rows[i.nodeid]["outcome"] == "passed"]
+        config.hook.pytest_deselected(items=done)
+        items[:] = [item for item in items if item not in done]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """After setup, call and teardown of each test."""
+        row = self.rows.setdefault(report.nodeid, {"test": report.nodeid, "seconds": 0.0, "outcome": "passed"})
+        row["seconds"] = round(row["seconds"] + report.duration, 2)
+        if not report.passed:
+            row["outcome"] = report.outcome
+        if report.failed:
+            row["error"] = report.longreprtext[-2000:]
+        if report.when == "teardown":
+            self.ledger.add([row])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Here and in every worker."""
+    config.pluginmanager.register(Outcomes(Path(os.environ["OUTCOMES"])))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os.environ.setdefault("OUTCOMES", str(folder() / "tests.json"))
+    sys.exit(pytest.main(["-q", "-m", "gpu", "-p", "gpu_tests", *sys.argv[1:]]))

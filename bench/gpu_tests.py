@@ -21,9 +21,15 @@ from record import folder, provenance
 
 
 class Outcomes:
-    """A plugin of pytest."""
+    """A plugin of pytest.
 
-    def __init__(self, path: Path):
+    Args:
+        path: Where outcomes are kept.
+        saves: Whether this process hears of all of them.
+    """
+
+    def __init__(self, path: Path, saves: bool):
+        self.saves = saves
         self.ledger = Ledger(path, provenance("pytest -m gpu"), renew=True, identity=("test",))
         self.rows: dict[str, dict[str, Any]] = {}
 
@@ -42,13 +48,14 @@ class Outcomes:
             row["outcome"] = report.outcome
         if report.failed:
             row["error"] = report.longreprtext[-2000:]
-        if report.when == "teardown":
+        if report.when == "teardown" and self.saves:
             self.ledger.add([row])
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Here and in every worker."""
-    config.pluginmanager.register(Outcomes(Path(os.environ["OUTCOMES"])))
+    worker = hasattr(config, "workerinput")  # of pytest-xdist
+    config.pluginmanager.register(Outcomes(Path(os.environ["OUTCOMES"]), saves=not worker))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class LargePlan:
     block_m: int
     groups: int
     stages: int
-    split: int
+    split: int  # programs that share a tile of y, about and at most; 1: none do
 
     @property
     def strips_of_program(self) -> int:
@@ -135,6 +135,15 @@ class LargePlan:
     def tiles(self, problem: Problem) -> int:
         """Of y."""
         return -(-problem.M // self.block_m) * -(-problem.strips // self.strips_of_program)
+
+    def shares(self, problem: Problem) -> tuple[int, int]:
+        """Programs, and the tiles of y that they share evenly; others are of one program."""
+        tiles = self.tiles(problem)
+        if tiles < problem.multiprocessors:
+            return min(problem.multiprocessors, tiles * self.split), tiles if self.split > 1 else 0
+        left = tiles % problem.multiprocessors if self.split > 1 else 0
+        even = left == 0 or 2 * left >= problem.multiprocessors
+        return problem.multiprocessors, left if even else left + problem.multiprocessors
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,6 @@ ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits
 ROWS_OF_MATMUL = 192
 ROWS_OF_TRANSPOSED = 64  # of dy: below, W as floats is faster
 SLAB_BYTES = 256 << 20  # of W as floats at a time
-PARTIAL_BYTES = 64 << 20  # of partial sums at most
 
 
 def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
@@ -346,11 +354,8 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         stages = min(8, (_SHARED_MEMORY[90] * 1024 - 2048 - 2 * rows * block_m) // step)
         if stages < 2:
             continue
-        for split in _SPLITS:
-            plan = LargePlan(block_m, groups, stages, split)
-            partial = 4 * split * plan.tiles(problem) * rows * block_m
-            if split == 1 or (split <= problem.steps and partial <= PARTIAL_BYTES):
-                yield plan
+        plans = [LargePlan(block_m, groups, stages, split) for split in _SPLITS if split <= problem.steps]
+        yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
 
 # cycles of a program for eight stages and a step, by rows of a tile, on an H200
@@ -421,10 +426,10 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
 
 
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
-    units = plan.tiles(problem) * plan.split
-    waves = -(-units // problem.multiprocessors)
-    together = min(units, problem.multiprocessors)
-    arrival = together * plan.strips_of_program * 256 * problem.bits / 4.3e6
+    programs, streamed = plan.shares(problem)
+    arrival = programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
     step = max(_LARGE_STEP[plan.block_m, plan.groups], arrival)
-    meeting = 0.0 if plan.split == 1 else plan.split * (0.35 + 0.0065 * plan.block_m)
-    return 2.5 + waves * (-(-problem.steps // plan.split) * step + meeting)
+    tiles = -(-(plan.tiles(problem) - streamed) // programs)
+    steps = tiles * problem.steps + -(-streamed * problem.steps // programs)
+    parts = 1 + -(-programs // streamed) if streamed else 0  # of a tile
+    return 2.5 + steps * step + parts * (0.35 + 0.0065 * plan.block_m)

@@ -171,7 +171,8 @@ def quantize_model(
             homes = {name: next(block.parameters()).device for name, block in parts.items()}
             for index, (block_name, block) in enumerate(parts.items()):
                 calls_here = calls[index] if block_name in blocks else [((), {})] * len(batches)
-                targets = {n: item for n, item in plan.items() if f"{n}.".startswith(block_name + ".")}
+                # a layer that has been replaced is nobody's: it lies where its block was solved
+                targets = {n: plan.pop(n) for n in tuple(plan) if f"{n}.".startswith(block_name + ".")}
                 if block_name in blocks:
                     mover.take(block)
                     if index + 1 < len(blocks):

@@ -273,18 +273,20 @@ def _matmul(
 
 
 def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -> Launch:
+    programs, streamed = plan.shares(problem)
     multiply = _kernels("large").prepare_large(
         device,
         problem.dtype,
         operands.bias,
         **_form(problem, operands.scales),
+        block_m=plan.block_m,
+        groups=plan.groups,
+        stages=plan.stages,
+        shares=streamed > 0,
         pdl=True,
-        **asdict(plan),
     )
     M, K, N = problem.M, operands.K, operands.N
-    tiles, split = plan.tiles(problem), plan.split
-    programs = min(problem.multiprocessors, tiles * split)
-    sums = split * tiles * 64 * plan.groups * plan.block_m if split > 1 else 0
+    sums = programs * 64 * plan.groups * plan.block_m
     scratch = _scratch(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -292,9 +294,9 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
         x = _in_order(x.view(M, K) if x.dim() != 2 else x, weight)
         with scratch.lock:
             workspace = counters = None
-            if split > 1:
-                workspace, counters = scratch.tensors(stream, sums, tiles * plan.groups)
-            multiply(programs, stream, x, weight.words, weight.meta, y.view(M, N), bias, workspace, counters)
+            if streamed:
+                workspace, counters = scratch.tensors(stream, sums, streamed * plan.groups)
+            multiply(programs, streamed, stream, x, weight.words, weight.meta, y.view(M, N), bias, workspace, counters)
 
     return launch
 

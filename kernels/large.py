@@ -5,9 +5,11 @@
 A program is one warp that copies and some groups of four warps that multiply. The copying warp brings steps of 128
 columns into a ring in shared memory, words, meta and x, by the tensor copy engine. A multiplying group owns 64 rows of
 W for a tile of y: it turns words into weights in its registers, a quarter of a step at a time, which are the A operand
-of ``wgmma``, with x in shared memory as the B operand; while its products run, the other groups unpack. Programs stay
-and take tile after tile. Where tiles are too few, several programs share one, each a range of k: partial sums meet in a
-workspace, and the last to arrive adds them in a fixed order.
+of ``wgmma``, with x in shared memory as the B operand; while its products run, the other groups unpack.
+
+Programs are as many as can run at once, and take tile after tile. Tiles that they cannot share evenly, the *streamed*
+ones, are cut in ranges of k: the program that begins a tile waits for the partial sums of those that go on with it, all
+of which were started before it, and adds them in their order.
 
 Dispatch picks it above the rows that decode kernels are for, for scales of 16 bits. Weights are rounded to the dtype of
 x, as a dense weight would be. Source: this project.
@@ -37,10 +39,14 @@ from .unpack_ptx import scale_ptx, weights_ptx
 from .warpgroups import (
     FLAT_LAYOUT,
     ROWS_LAYOUT,
+    WAIT_UNTIL,
     by_registers,
     described,
     from_registers,
     offsets,
+    others,
+    piece,
+    pieces,
     place,
     sums_layout,
 )
@@ -60,22 +66,22 @@ class Tiles(Constants):
         block_m: Rows of x of a tile: a power of two from 16 to 256.
         groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
         stages: Steps in the ring.
-        splits: Whether programs share tiles.
+        shares: Whether programs share tiles.
         bias: Whether there is one.
         pdl: Programmatic dependent launch.
     """
 
     def __init__(
         self, bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, groups: int, stages: int,
-        splits: bool, bias: bool, pdl: bool,
+        shares: bool, bias: bool, pdl: bool,
     ) -> None:  # fmt: skip
         strips = STRIPS.value
         lanes, warps = bits_of(32), [[1, 0], [2, 0]]
-        self.key = (bits, bf16, scales_bf16, group_columns, block_m, groups, stages, splits, bias, pdl)
+        self.key = (bits, bf16, scales_bf16, group_columns, block_m, groups, stages, shares, bias, pdl)
         asm, constraints, parts = scale_ptx(bf16, scales_bf16)
         texts = [weights_ptx(bits, bf16, quarter, parts) for quarter in range(4)]
         constants = {
-            "bits": bits, "block_m": block_m, "groups": groups, "stages": stages, "splits": splits, "bias": bias,
+            "bits": bits, "block_m": block_m, "groups": groups, "stages": stages, "shares": shares, "bias": bias,
             "pdl": pdl,
             "half": gl.bfloat16 if bf16 else gl.float16,
             "scale": asm, "scale_constraints": constraints, "parts": parts,
@@ -230,34 +236,33 @@ def _copy_x(x, ring, stage, tile_m, step, C: gl.constexpr):
 
 
 @gluon.jit
-def _copy(x, sources, ring, M, N, steps, split, C: gl.constexpr):
+def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
     """The copying warp."""
     empty = ring[5]
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
-    tiles = tiles_m * tiles_n
+    programs = gl.num_programs(0)
+    p = programs - 1 - gl.program_id(0)
 
     # The weight does not depend on kernels before: as much of it as the ring holds sets out at once
-    first = gl.program_id(0)
-    first_part = first // tiles
-    first_m, first_n = place(first - first_part * tiles, tiles_m, tiles_n, BAND)
-    first_step = steps * first_part // split
-    ahead = gl.minimum(steps * (first_part + 1) // split - first_step, C.stages)
+    tile, start, stop = piece(0, p, programs, streamed, steps)
+    tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
+    ahead = gl.minimum(stop - start, C.stages)
     for i in range(ahead):
-        _copy_weight(sources, ring, i, first_n, first_step + i, C)
+        _copy_weight(sources, ring, i, tile_n, start + i, C)
     if C.pdl:
         do(WAIT_FOR_EARLIER)
         do(LAUNCH_DEPENDENTS)  # what follows may count on the kernels before without waiting for this one
     for i in range(ahead):
-        _copy_x(x, ring, i, first_m, first_step + i, C)
+        _copy_x(x, ring, i, tile_m, start + i, C)
 
     stage = ahead % C.stages
     phase = 1 - ahead // C.stages
-    for unit in range(first, tiles * split, gl.num_programs(0)):
-        part = unit // tiles
-        tile_m, tile_n = place(unit - part * tiles, tiles_m, tiles_n, BAND)
-        done = gl.where(unit == first, ahead, 0)
-        for step in range(steps * part // split + done, steps * (part + 1) // split):
+    for i in range(pieces(p, programs, streamed, tiles_m * tiles_n, steps)):
+        tile, start, stop = piece(i, p, programs, streamed, steps)
+        tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
+        done = gl.where(i == 0, ahead, 0)
+        for step in range(start + done, stop):
             mbarrier.wait(empty.index(stage), phase)
             _copy_weight(sources, ring, stage, tile_n, step, C)
             _copy_x(x, ring, stage, tile_m, step, C)
@@ -268,7 +273,7 @@ def _copy(x, sources, ring, M, N, steps, split, C: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C: gl.constexpr):
+def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C: gl.constexpr):
     """A multiplying group."""
     xs, ws, rs, ms, full, empty = ring
     workspace_ptr, counters_ptr = meeting
@@ -276,21 +281,20 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
-    tiles = tiles_m * tiles_n
+    programs = gl.num_programs(0)
+    p = programs - 1 - gl.program_id(0)
     stage = 0
     phase = 0
     mine = ys.index(group)
-    for unit in range(gl.program_id(0), tiles * split, gl.num_programs(0)):
+    for i in range(pieces(p, programs, streamed, tiles_m * tiles_n, steps)):
         # Which tile is mine
-        part = unit // tiles
-        tile = unit - part * tiles
+        tile, start, stop = piece(i, p, programs, streamed, steps)
         tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
         first_n = (tile_n * C.groups + group) * 16 * STRIPS
-        count = steps * (part + 1) // split - steps * part // split
 
         # The loop over k
         acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, mma)
-        for _ in range(count):
+        for _ in range(start, stop):
             mbarrier.wait(full.index(stage), phase)
             q = _load_words(ws, rs, stage, group, C)
             m = _load_meta(ms, stage, group, C)
@@ -306,25 +310,26 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
                 phase ^= 1
 
         # Epilogue: partial sums in a fixed order
-        last = True
-        if C.splits:
+        if C.shares:
             PARTIAL: gl.constexpr = 16 * STRIPS * C.block_m
-            sums = by_registers(acc, C.sums_layout)
-            offs = offsets(C.block_m, C.sums_layout)
-            first = workspace_ptr + (tile * C.groups + group).to(gl.int64) * (split * PARTIAL) + offs
-            gl.store(first + part * PARTIAL, sums)
-            barrier()
             counter = counters_ptr + tile * C.groups + group
-            last = gl.atomic_add(counter, 1, sem="acq_rel") == split - 1
-            if last:
+            sums_ptrs = workspace_ptr + (p * C.groups + group) * PARTIAL + offsets(C.block_m, C.sums_layout)
+            if start > 0:  # somebody else's tile
+                gl.store(sums_ptrs, by_registers(acc, C.sums_layout))
+                barrier()
+                gl.atomic_add(counter, 1, sem="release")
+            elif stop < steps:
+                more = others(tile, p, programs, streamed, steps)
+                gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
+                sums = by_registers(acc, C.sums_layout)
+                for j in range(1, more + 1):
+                    sums += gl.load(sums_ptrs + j * (C.groups * PARTIAL), cache_modifier=".cg")
+                acc = from_registers(sums, C.block_m, mma)
+                barrier()
                 gl.store(counter, 0)
-                sums = gl.load(first, cache_modifier=".cg")
-                for j in range(1, split):
-                    sums += gl.load(first + j * PARTIAL, cache_modifier=".cg")
-            acc = from_registers(sums, C.block_m, mma)
 
         # Store
-        if last:
+        if start == 0:
             if C.bias:
                 offs_n = first_n + gl.arange(0, 16 * STRIPS, gl.SliceLayout(1, mma))
                 bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
@@ -338,8 +343,10 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "steps", "split"], do_not_specialize_on_alignment=["bias_ptr"])
-def large_kernel(x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr, M, N, steps, split, C: gl.constexpr):
+@gluon.jit(do_not_specialize=["M", "N", "steps", "streamed"], do_not_specialize_on_alignment=["bias_ptr"])
+def large_kernel(
+    x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr, M, N, steps, streamed, C: gl.constexpr
+):
     """As many programs as there are multiprocessors, or units of work if these are fewer."""
     xs = gl.allocate_shared_memory(C.half, [2 * C.stages, C.block_m, 64], ROWS_LAYOUT)
     ws = gl.allocate_shared_memory(gl.int32, [C.vectors * C.stages, STRIPS * C.groups, 128], FLAT_LAYOUT)
@@ -358,25 +365,25 @@ def large_kernel(x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr,
     meeting = (workspace_ptr, counters_ptr)
     if C.groups == 2:
         gl.warp_specialize(
-            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
-             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
-             (_copy, (x, sources, ring, M, N, steps, split, C))],
+            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
+             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
+             (_copy, (x, sources, ring, M, N, steps, streamed, C))],
             [4, 1], [C.registers, 40],
         )  # fmt: skip
     else:
         gl.warp_specialize(
-            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
-             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
-             (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
-             (_multiply, (3, ring, y, ys, bias_ptr, meeting, M, N, steps, split, C)),
-             (_copy, (x, sources, ring, M, N, steps, split, C))],
+            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
+             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
+             (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
+             (_multiply, (3, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
+             (_copy, (x, sources, ring, M, N, steps, streamed, C))],
             [4, 4, 4, 1], [C.registers, C.registers, C.registers, 24],
         )  # fmt: skip
 
 
 def prepare_large(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
-    block_m: int, groups: int, stages: int, split: int, pdl: bool,
+    block_m: int, groups: int, stages: int, shares: bool, pdl: bool,
 ) -> Callable[..., None]:  # fmt: skip
     """Compile for these constants.
 
@@ -390,15 +397,15 @@ def prepare_large(
         block_m: Rows of x of a tile: a power of two from 16 to 256.
         groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
         stages: Steps in the ring.
-        split: Programs that share a tile of y.
+        shares: Whether programs may share tiles of y.
         pdl: Programmatic dependent launch.
 
     Returns:
-        ``launch(programs, stream, x, words, meta, y, bias, workspace, counters)``: x (M, K) and y (M, N) with rows that
-        start at multiples of 16 bytes, words int32 (strips, steps, 64 * bits), meta int32 (groups of columns, 16 *
-        strips), a bias (N,) or its absence; of a tile of y, of which there are ceil(M / block_m) * ceil(N / (64 *
-        groups)), ``split`` partial sums, float32, in the workspace and ``groups`` counters, zero before and after; both
-        None if split is 1.
+        ``launch(programs, streamed, stream, x, words, meta, y, bias, workspace, counters)``: x (M, K) and y (M, N) with
+        rows that start at multiples of 16 bytes, words int32 (strips, steps, 64 * bits), meta int32 (groups of columns,
+        16 * strips), a bias (N,) or its absence; of the workspace, 64 * groups * block_m float32 a program; of
+        counters, ``groups`` a streamed tile, zero before and after; both None if no tile is shared. Unless no tile is
+        streamed, the streamed ones have at least as many steps as there are programs.
     """
     C = Tiles(
         bits,
@@ -408,7 +415,7 @@ def prepare_large(
         block_m,
         groups,
         stages,
-        split > 1,
+        shares,
         bias is not None,
         pdl,
     )
@@ -421,18 +428,18 @@ def prepare_large(
         described(torch.int32, [subgroups, 16 * strips], flat),
         described(dtype, [block_m, 64], rows),
     ]
-    meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
+    meeting = (torch.float32, torch.int32) if shares else (None, None)
     run = prepare(large_kernel, device, (*boxes, bias, *meeting), 4, {"C": C}, num_warps=4, launch_pdl=pdl)
 
     def launch(
-        programs: int, stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor, bias: Tensor | None,
-        workspace: Tensor | None, counters: Tensor | None,
+        programs: int, streamed: int, stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor,
+        bias: Tensor | None, workspace: Tensor | None, counters: Tensor | None,
     ) -> None:  # fmt: skip
         words_map = Map.of(words.view(len(words), -1))
         addresses = [None if t is None else t.data_ptr() for t in (bias, workspace, counters)]
         run(
             programs, 1, stream, Map.of(x), words_map, words_map, Map.of(meta), Map.of(y), *addresses,
-            *y.shape, words.shape[1], split,
+            *y.shape, words.shape[1], streamed,
         )  # fmt: skip
 
     return launch

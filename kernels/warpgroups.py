@@ -13,6 +13,10 @@ from .common import bits_of, linear
 
 ROWS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # of operands and results, 64 columns of halves
 FLAT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))  # of words
+WAIT_UNTIL = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; again: ld.acquire.gpu.global.b32 t, [$1]; setp.lt.s32 p, t, $2; @p bra again;"
+    " mov.b32 $0, t; }"
+)
 
 
 def sums_layout(block_m: int) -> gl.DistributedLinearLayout:
@@ -63,3 +67,40 @@ def place(tile, blocks_m, columns, GROUP_M: gl.constexpr):
     rows = min(blocks_m - group * GROUP_M, GROUP_M)
     within = tile - group * GROUP_M * columns
     return group * GROUP_M + within % rows, within // rows
+
+
+@gluon.jit
+def share(p, programs, streamed, units):
+    """The units of streamed tiles that are program p's: from, to."""
+    total = streamed * units
+    return total * p // programs, total * (p + 1) // programs
+
+
+@gluon.jit
+def pieces(p, programs, streamed, tiles, units):
+    """How many pieces of tiles program p has."""
+    lo, hi = share(p, programs, streamed, units)
+    return (hi + units - 1) // units - lo // units + max((tiles - streamed - p + programs - 1) // programs, 0)
+
+
+@gluon.jit
+def piece(i, p, programs, streamed, units):
+    """Piece i of program p: a tile, and its units from, to."""
+    lo, hi = share(p, programs, streamed, units)
+    first = lo // units
+    shared = (hi + units - 1) // units - first
+    tile = first + i if i < shared else streamed + p + (i - shared) * programs
+    start = max(lo - tile * units, 0) if i < shared else 0
+    stop = min(hi - tile * units, units) if i < shared else units
+    return tile, start, stop
+
+
+@gluon.jit
+def others(tile, p, programs, streamed, units):
+    """How many programs go on with a tile that program p begins: p + 1, p + 2, ..."""
+    count = 0
+    _, reached = share(p, programs, streamed, units)
+    while reached < (tile + 1) * units:
+        count += 1
+        _, reached = share(p + count, programs, streamed, units)
+    return count

@@ -82,7 +82,10 @@ def test_every_plan_can_be_launched(problem, batch_invariant):
             meta = 4 * max(1, 128 // problem.group_columns)
             used = plan.stages * (256 * plan.block_m + rows * (16 * problem.bits + meta)) + 2 * rows * plan.block_m
             assert used <= SHARED_MEMORY["sm_90"]
-            assert plan.split == 1 or 4 * plan.split * plan.tiles(problem) * rows * plan.block_m <= 64 << 20
+            programs, streamed = plan.shares(problem)
+            assert 1 <= programs <= problem.multiprocessors
+            assert 0 <= streamed <= plan.tiles(problem)
+            assert streamed == 0 or streamed * problem.steps >= programs  # a step or more for each
         else:
             assert batch_invariant or problem.M <= 192
             assert plan.block_n % 32 == 0
@@ -110,9 +113,10 @@ def test_every_transposed_plan_can_be_launched(problem, M, aligned):
 
 @pytest.fixture(scope="module")
 def schedule():
-    """Who does what in `kernels/transposed.py`, as Python functions."""
-    module = pytest.importorskip("gptq_triton.kernels.transposed")
-    assert module.STAGE.value == 4  # strips of a stage, as plans count them
+    """Who does what in kernels of warpgroups, as Python functions."""
+    module = pytest.importorskip("gptq_triton.kernels.warpgroups")
+    transposed = pytest.importorskip("gptq_triton.kernels.transposed")
+    assert transposed.STAGE.value == 4  # strips of a stage, as plans count them
     with pytest.MonkeyPatch.context() as patch:
         for name in ("share", "pieces", "piece", "others", "place"):
             patch.setattr(module, name, getattr(module, name).fn)
@@ -125,9 +129,21 @@ def test_the_gradients_programs_share_its_tiles(schedule, problem, M):
     plan = choose_transposed(problem)
     assert isinstance(plan, TransposedPlan)
     tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
-    numbers = plan.programs, plan.streamed
+    check_shares(schedule, plan.programs, plan.streamed, tiles, units)
+
+
+@given(problems, st.integers(17, 9000), st.data())
+def test_programs_share_tiles(schedule, problem, M, data):
+    problem = replace(problem, M=M, arch="sm_90", half_scales=True, dtype=torch.float16, large=True)
+    plan = data.draw(st.sampled_from([plan for plan in candidates(problem) if isinstance(plan, LargePlan)]))
+    check_shares(schedule, *plan.shares(problem), plan.tiles(problem), problem.steps)
+
+
+def check_shares(schedule, programs, streamed, tiles, units):
+    """Every unit of every tile is one program's, and each knows of the others."""
+    numbers = programs, streamed
     owners: dict[int, list[tuple[int, int, int]]] = {}
-    for p in range(plan.programs):
+    for p in range(programs):
         for i in range(schedule.pieces(p, *numbers, tiles, units)):
             tile, start, stop = schedule.piece(i, p, *numbers, units)
             assert 0 <= start < stop <= units

@@ -197,7 +197,7 @@ def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias
         "workspace_ptr": "fp32" if plan.split > 1 else None,
         "counters_ptr": "i32" if plan.split > 1 else None,
     }
-    integers = ("M", "N", "steps", "split")
+    integers = ("M", "N", "steps", "streamed")
     return compiled(large.large_kernel, pointers, integers, {"C": tiles}, "sm_90", num_warps=4)
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from gptq_triton import QuantizeConfig, QuantLinear, estimate, load_quantized, quantize_model, save_quantized
+from gptq_triton import model as model_module
 from gptq_triton import streaming as streaming_module
 from gptq_triton.hessian import Hessian
 from gptq_triton.layers import find_layers
@@ -311,3 +314,22 @@ def test_refusals():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj: the weight must be finite"):
         quantize_model(model, batches(), CONFIG, progress=False)
+
+
+def test_no_layer_outlives_its_block(monkeypatch):
+    """Blocks are solved on a GPU: what has been replaced would stay there."""
+    model = tiny("llama")
+    blocks = decoder_blocks(model)
+    layers = [[weakref.ref(layer) for layer in find_layers(block).values()] for block in blocks.values()]
+    del blocks
+    alive, solve_block = [], model_module._solve_block
+
+    def counted(*arguments: Any) -> Any:
+        gc.collect()
+        alive.append([sum(layer() is not None for layer in block) for block in layers])
+        return solve_block(*arguments)
+
+    monkeypatch.setattr(model_module, "_solve_block", counted)
+    quantize_model(model, batches(), CONFIG, progress=False)
+    whole = [len(block) for block in layers]
+    assert alive == [[0] * index + whole[index:] for index in range(len(layers))]

@@ -52,6 +52,7 @@ from .warpgroups import (
 )
 
 STRIPS = gl.constexpr(4)  # of a multiplying group: a warp each
+UNROLL = gl.constexpr(4)  # steps between two waits for all products
 BAND = gl.constexpr(8)  # tiles of y along M that programs take before they go on along N
 
 
@@ -273,12 +274,38 @@ def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
 
 
 @gluon.jit
+def _steps(acc, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.constexpr, A: gl.constexpr):
+    """N steps, a product always on its way; at the end none is, or ptxas would wait for every one."""
+    xs, ws, rs, ms, full, empty = ring
+    previous = stage
+    for u in gl.static_range(N):
+        mbarrier.wait(full.index(stage), phase)
+        q = _load_words(ws, rs, stage, group, C)
+        m = _load_meta(ms, stage, group, C)
+        for s in gl.static_range(4):
+            a = _weights(q[s], m[s * C.subgroups // 4], s, C, A)
+            b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+            if u > 0 and s == 0:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                mbarrier.arrive(empty.index(previous))
+        previous = stage
+        stage += 1
+        if stage == C.stages:
+            stage = 0
+            phase ^= 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index(previous))
+    return acc, stage, phase
+
+
+@gluon.jit
 def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C: gl.constexpr):
     """A multiplying group."""
-    xs, ws, rs, ms, full, empty = ring
     workspace_ptr, counters_ptr = meeting
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    SHIFT: gl.constexpr = group * UNROLL // C.groups  # groups wait in turns
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
     programs = gl.num_programs(0)
@@ -294,20 +321,15 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
 
         # The loop over k
         acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, mma)
-        for _ in range(start, stop):
-            mbarrier.wait(full.index(stage), phase)
-            q = _load_words(ws, rs, stage, group, C)
-            m = _load_meta(ms, stage, group, C)
-            for s in gl.static_range(4):
-                a = _weights(q[s], m[s * C.subgroups // 4], s, C, A)
-                b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
-                acc = warpgroup_mma(a, b, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(stage))
-            stage += 1
-            if stage == C.stages:
-                stage = 0
-                phase ^= 1
+        left = stop - start
+        if SHIFT > 0:
+            if left >= UNROLL:
+                acc, stage, phase = _steps(acc, stage, phase, SHIFT, ring, group, C, A)
+                left -= SHIFT
+        for _ in range(left // UNROLL):
+            acc, stage, phase = _steps(acc, stage, phase, UNROLL, ring, group, C, A)
+        for _ in range(left % UNROLL):
+            acc, stage, phase = _steps(acc, stage, phase, 1, ring, group, C, A)
 
         # Epilogue: partial sums in a fixed order
         if C.shares:

@@ -138,12 +138,14 @@ class LargePlan:
 
     def shares(self, problem: Problem) -> tuple[int, int]:
         """Programs, and the tiles of y that they share evenly; others are of one program."""
-        tiles = self.tiles(problem)
-        if tiles < problem.multiprocessors:
-            return min(problem.multiprocessors, tiles * self.split), tiles if self.split > 1 else 0
-        left = tiles % problem.multiprocessors if self.split > 1 else 0
-        even = left == 0 or 2 * left >= problem.multiprocessors
-        return problem.multiprocessors, left if even else left + problem.multiprocessors
+        tiles, most = self.tiles(problem), problem.multiprocessors
+        if tiles < most:
+            whole = most // tiles * tiles  # programs that share every tile in equal parts
+            most = whole if whole > 0.9 * most else most
+            programs = min(most, tiles * self.split)
+            return programs, tiles if programs > tiles else 0
+        left = tiles % most if self.split > 1 else 0
+        return most, left if left == 0 or 2 * left >= most else left + most
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,9 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
 
 
 # microseconds of a program for a step, by rows of x of a tile and multiplying groups, on an H200
-_LARGE_STEP = {(16, 4): 0.72, (32, 4): 0.76, (64, 4): 0.92, (64, 2): 0.52, (128, 2): 0.74, (256, 2): 1.33}
+_LARGE_STEP = {(16, 4): 0.72, (32, 4): 0.75, (64, 4): 0.9, (64, 2): 0.49, (128, 2): 0.76, (256, 2): 1.5}
+# bytes of x up to which programs that are at several k at a time find it in a cache
+_SHARED_X = 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
@@ -355,6 +359,8 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         if stages < 2:
             continue
         plans = [LargePlan(block_m, groups, stages, split) for split in _SPLITS if split <= problem.steps]
+        if plans[0].tiles(problem) >= problem.multiprocessors and 256 * problem.M * problem.steps > _SHARED_X:
+            plans = plans[:1]
         yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
 
@@ -431,5 +437,5 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     step = max(_LARGE_STEP[plan.block_m, plan.groups], arrival)
     tiles = -(-(plan.tiles(problem) - streamed) // programs)
     steps = tiles * problem.steps + -(-streamed * problem.steps // programs)
-    parts = 1 + -(-programs // streamed) if streamed else 0  # of a tile
+    parts = max(2, -(-programs // streamed)) if streamed else 0  # of a tile
     return 2.5 + steps * step + parts * (0.35 + 0.0065 * plan.block_m)

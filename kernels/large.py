@@ -52,7 +52,7 @@ from .warpgroups import (
 )
 
 STRIPS = gl.constexpr(4)  # of a multiplying group: a warp each
-UNROLL = gl.constexpr(4)  # steps between two waits for all products
+UNROLL = gl.constexpr(2)  # steps between two waits for all products; with more, code leaves the cache
 BAND = gl.constexpr(8)  # tiles of y along M that programs take before they go on along N
 
 
@@ -322,7 +322,7 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
         # The loop over k
         acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, mma)
         left = stop - start
-        if SHIFT > 0:
+        if SHIFT > 0:  # noqa: SIM102 - known when it compiles
             if left >= UNROLL:
                 acc, stage, phase = _steps(acc, stage, phase, SHIFT, ring, group, C, A)
                 left -= SHIFT

@@ -93,10 +93,10 @@ def inner(left: Matrix, right: Matrix) -> Tensor:
 
 
 def _multiply(left: Tensor, right: Tensor, added: Tensor | None = None, times: float = 0.0) -> Tensor:
-    """``left^T right + times * added`` of float16, summed and returned in float32."""
+    """``left^T right + times * added`` of float16, summed and returned in float32; added is overwritten."""
     if not left.is_cuda:
         total = left.float().t() @ right.float()
-        return total if added is None else total.add_(added, alpha=times)
+        return total if added is None else added.mul_(times).add_(total)
     if added is None:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return torch.addmm(added, left.t(), right, out_dtype=torch.float32, beta=times)
+    return torch.addmm(added, left.t(), right, out_dtype=torch.float32, beta=times, out=added)

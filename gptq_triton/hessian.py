@@ -12,6 +12,7 @@ from .halves import Matrix, has_tensor_cores, inner, splittable
 
 STRIPS = 4  # of a symmetric product, whose lower triangle is not computed
 PANEL = 2048  # columns of a Cholesky factor that are found at once
+CORNER = 128  # rows of a triangle that are inverted one after another
 CHUNK = 4096  # tokens of one product on tensor cores, whose sums are kept less exactly than float32
 
 
@@ -135,7 +136,7 @@ def attempt(H: Tensor, order: Tensor, damp: float, dtype: torch.dtype = torch.fl
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """As torch.linalg.cholesky_ex, of a float32 matrix that is overwritten by its factor.
 
-    Panels of columns are factored in float64; what they take off the rest is a product of halves.
+    Corners of the diagonal are factored and inverted in float64; the rest is products of halves.
     """
     failed = torch.zeros((), dtype=torch.int32, device=matrix.device)
     for start in range(0, len(matrix), PANEL):
@@ -143,15 +144,37 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
         corner, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].double())
         failed |= info
         matrix[start:stop, start:stop] = corner
+        if stop == len(matrix):
+            break
         below = matrix[stop:, start:stop]
-        # X corner^T = below, as corner X^T = below^T
-        solved = torch.linalg.solve_triangular(corner, below.t().double(), upper=False).float()
+        # X corner^T = below, as X^T = corner^-1 below^T
+        inverse = _inverse(corner).t().float().contiguous()
+        solved = inner(splittable(inverse), splittable(below.t().contiguous()))
         below.copy_(solved.t())
         rows = splittable(solved)
         for first in range(stop, len(matrix), PANEL):
             last = min(first + PANEL, len(matrix))
             matrix[first:last, stop:last] -= inner(rows[:, first - stop : last - stop], rows[:, : last - stop])
     return matrix.tril_(), failed
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Of a lower triangle (n, n): of blocks on the diagonal, then of twice as large ones, all of a size at once."""
+    n, size = len(lower), len(lower)
+    while size % 2 == 0 and size > CORNER:
+        size //= 2
+
+    def diagonal(size: int) -> Tensor:
+        return lower.unflatten(1, (-1, size)).unflatten(0, (-1, size)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+    eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(diagonal(size), eye, upper=False)
+    while size < n:
+        first, second = inverse[::2], inverse[1::2]
+        low = second @ diagonal(2 * size)[:, size:, :size] @ first
+        inverse = torch.cat([torch.cat([first, torch.zeros_like(first)], 2), torch.cat([-low, second], 2)], 1)
+        size *= 2
+    return inverse[0]
 
 
 def energy(columns: Tensor, H: Tensor) -> Tensor:
@@ -166,6 +189,6 @@ def energy(columns: Tensor, H: Tensor) -> Tensor:
     for start in range(0, len(H), width):
         rows = rounded[start : start + width]
         products = torch.mm(rows, rounded[start:].t(), out_dtype=torch.float32).mul_(H[start : start + width, start:])
-        inside = products[:, : len(rows)].sum(dtype=torch.float64)
-        total += 2 * products.sum(dtype=torch.float64) - inside  # what lies right of the diagonal counts twice
+        inside = products[:, : len(rows)].sum(1).sum(dtype=torch.float64)
+        total += 2 * products.sum(1).sum(dtype=torch.float64) - inside  # what lies right of the diagonal counts twice
     return total

@@ -7,6 +7,7 @@ a word; for 3 bits codes 10 and 21 do (AutoGPTQ's format).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,20 +44,27 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     _check(codes, bits, "codes")
     length, columns = codes.shape
-    runs = -(-length // RUN)
+    run, run_words = _run(bits)
+    runs = -(-length // run)
     codes = codes.clamp(0, 2**bits - 1)
-    if length % RUN:
-        codes = torch.nn.functional.pad(codes, (0, 0, 0, runs * RUN - length))
-    codes = codes.reshape(runs, RUN, columns)
-    packed = torch.zeros(runs * bits, columns, dtype=torch.int32, device=codes.device)
-    out = packed.view(runs, bits, columns)
-    for j in range(RUN):
+    if length % run:
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, runs * run - length))
+    codes = codes.reshape(runs, run, columns)
+    packed = torch.zeros(runs * run_words, columns, dtype=torch.int32, device=codes.device)
+    out = packed.view(runs, run_words, columns)
+    for j in range(run):
         word, shift = divmod(j * bits, 32)
         code = codes[:, j].to(torch.int32)
         out[:, word] |= code << shift
         if shift + bits > 32:
             out[:, word + 1] |= code >> (32 - shift)
-    return packed if runs * RUN == length else packed[: words(length, bits)].clone()
+    return packed if runs * run == length else packed[: words(length, bits)].clone()
+
+
+def _run(bits: int) -> tuple[int, int]:
+    """Codes of the shortest stretch that fills whole words, and these words."""
+    codes = math.lcm(bits, 32) // bits
+    return codes, codes * bits // 32
 
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
@@ -80,12 +88,13 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         raise ValueError(
             f"packed has {packed.shape[0]} words, but {length} codes of {bits} bits take {words(length, bits)}"
         )
-    runs, columns = -(-length // RUN), packed.shape[1]
-    if packed.shape[0] % bits:
-        packed = torch.nn.functional.pad(packed, (0, 0, 0, runs * bits - packed.shape[0]))
-    packed = packed.reshape(runs, bits, columns)
-    out = torch.empty(runs, RUN, columns, dtype=torch.uint8, device=packed.device)
-    for j in range(RUN):
+    run, run_words = _run(bits)
+    runs, columns = -(-length // run), packed.shape[1]
+    if packed.shape[0] % run_words:
+        packed = torch.nn.functional.pad(packed, (0, 0, 0, runs * run_words - packed.shape[0]))
+    packed = packed.reshape(runs, run_words, columns)
+    out = torch.empty(runs, run, columns, dtype=torch.uint8, device=packed.device)
+    for j in range(run):
         word, shift = divmod(j * bits, 32)
         here = min(bits, 32 - shift)
         # >> on int32 copies the sign: mask after the shift
@@ -93,7 +102,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         if here < bits:
             code |= (packed[:, word + 1] & (2 ** (bits - here) - 1)) << here
         out[:, j] = code
-    return out.view(runs * RUN, columns)[:length]
+    return out.view(runs * run, columns)[:length]
 
 
 def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:

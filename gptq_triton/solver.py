@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .aside import Aside
 from .halves import has_tensor_cores
 from .hessian import Factor, Hessian, attempt, energy, factorize
 from .layers import weight_of
@@ -126,12 +127,23 @@ def solve(
     for name, weight in weights.items():
         if weight.shape[1] != H.shape[0]:
             raise ValueError(f"{name}: the Hessian has {H.shape[0]} inputs, the weight {weight.shape[1]}")
-        if not bool(torch.isfinite(weight).all()):
+        if not _finite(weight):
             raise ValueError(f"{name}: the weight must be finite, got NaN or infinity")
-    if not bool(torch.isfinite(H).all()):
+    if not _finite(H):
         raise ValueError(f"{names}: the inputs seen must be finite, got NaN or infinity")
     target = torch.cat([w.t().to(H) for w in weights.values()], dim=1)  # (K, N)
     nearest = _round_to_nearest(target, H.diagonal(), spec, options)
+
+    def energies(columns: Tensor) -> Tensor:
+        """Of each layer's share."""
+        sizes = [len(weight) for weight in weights.values()]
+        return torch.stack([energy(part, H) for part in columns.split(sizes, dim=1)])
+
+    def before() -> tuple[Tensor, Tensor]:
+        return energies(target), energies(target - nearest.dequantize())
+
+    # a GPU is mostly idle while it factors a matrix
+    known = Aside(before, H.device)
     found, damp = None, options.damp
     needed = _needed_tokens(H.shape[0], options)
     if method == "rtn":
@@ -159,33 +171,37 @@ def solve(
         if factor is None or done is None:
             logger.warning("%s: the Hessian cannot be factored even with damping 1; rounded to nearest", names)
         else:
-            target, found = done
+            fitted, found = done
+            if fitted is not target:
+                target = fitted
+                known = Aside(before, H.device)
             found = replace(found, scales=storable(found.scales, found.scales.dtype))
             if options.refine:
                 found = _refined(target, H, order, factor, damp, found, spec, options)
-    parts, figures, start = {}, [], 0
-    for name, weight in weights.items():
-        stop = start + weight.shape[0]
-        W, rtn = target[:, start:stop], nearest.slice(start, stop)
-        tried = [rtn] if found is None else [rtn, found.slice(start, stop)]  # the last is what is chosen
-        floats = [each.dequantize() for each in tried]
-        parts[name] = tried[-1], floats[-1]
-        figures.append(torch.stack([energy(W, H), *(energy(W - each, H) for each in floats)]))
-        start = stop
-    return {
-        name: Solution(
-            weight=_pack(chosen, spec, options),
-            dequantized=dequantized.t(),
+    chosen = nearest if found is None else found
+    dequantized = chosen.dequantize()
+    size, error_rtn = known.get()
+    error = error_rtn if found is None else energies(target - dequantized)
+    solutions, start = {}, 0
+    figures = torch.stack([size, error, error_rtn], 1).tolist()
+    for (name, weight), (size, error, error_rtn) in zip(weights.items(), figures, strict=True):
+        stop = start + len(weight)
+        solutions[name] = Solution(
+            weight=_pack(chosen.slice(start, stop), spec, options),
+            dequantized=dequantized[:, start:stop].t(),
             method="rtn" if found is None else "gptq",
-            error=_relative(errors[-1], size),
-            error_rtn=_relative(errors[0], size),
+            error=_relative(error, size),
+            error_rtn=_relative(error_rtn, size),
             damp=damp,
             tokens=hessian.tokens,
         )
-        for (name, (chosen, dequantized)), (size, *errors) in zip(
-            parts.items(), torch.stack(figures).tolist(), strict=True
-        )
-    }
+        start = stop
+    return solutions
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all elements are, in one pass."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def requantize(

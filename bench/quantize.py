@@ -46,7 +46,7 @@ SHAPES = ((4096, 4096), (4096, 14336))  # N, K
 SEGMENTS, LENGTH = 128, 2048
 METHOD = (
     "solver: solve() with factorisation, energies and packing, 4 bits, groups of 128, zero points, eager and fused in "
-    "turns, medians of 3; loss: tr(E H E^T) in float64, fused over eager. hessian: 16384 tokens of float16, and how "
+    "turns, medians of 7; loss: tr(E H E^T) in float64, fused over eager. hessian: 16384 tokens of float16, and how "
     f"far off float64 in norm. model: random float16 weights, {SEGMENTS} x {LENGTH} tokens, 4 bits, groups of 128; "
     "seconds from the model on disk to the checkpoint on disk, of the first one with compiling kernels. ranks: the "
     "same tokens and 4 such layers, on the GPU; calibration: all but solving"
@@ -98,7 +98,7 @@ def measure_solver(N: int, K: int, desc_act: bool) -> dict[str, Any]:
     options = {"eager": SolverOptions(fused=False), "fused": SolverOptions()}
     times: dict[str, list[float]] = {name: [] for name in options}
     found = {}
-    for turn in range(4):
+    for turn in range(8):
         for name, how in options.items():
             taken, solved = timed(solve, weights, hessian, spec, how)
             found[name] = solved["layer"]

@@ -1,39 +1,40 @@
-"""Work that a GPU does beside what comes next."""
+"""Work that a GPU does beside other work."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 
 
-class Aside(Generic[T]):
-    """What a call returns: on a GPU it works on a stream of its own, elsewhere at once.
+class Aside:
+    """On a GPU a stream that starts from what the current one has been given so far; elsewhere nothing.
 
     Args:
-        call: It must not change what is used elsewhere; what it uses must not be given up before `get`.
-        device: Where it works.
+        device: Where the work is done.
     """
 
-    def __init__(self, call: Callable[[], T], device: torch.device):
-        self._device, self._stream = device, None
-        if device.type != "cuda":
-            self._value = call()
-            return
-        self._stream = _stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):
-            self._value = call()
+    def __init__(self, device: torch.device):
+        self._stream, self._start = None, None
+        if device.type == "cuda":
+            self._stream, self._start = _stream(device), torch.cuda.current_stream(device).record_event()
 
-    def get(self) -> T:
-        """The value; a GPU's current stream waits for it, the process does not."""
+    def run(self, call: Callable[[], T]) -> T:
+        """What a call returns, to be read after `join`; until then it must not be changed or given up what it uses."""
+        if self._stream is None or self._start is None:
+            return call()
+        self._stream.wait_event(self._start)
+        with torch.cuda.stream(self._stream):
+            return call()
+
+    def join(self) -> None:
+        """The current stream waits for the work, the process does not."""
         if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return self._value
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 @functools.cache

@@ -47,6 +47,11 @@ class Halves:
 
     def __setitem__(self, at: slice, rows: Tensor) -> None:
         """Replace rows by float32 ones."""
+        if rows.is_cuda:
+            from .kernels.passes import split
+
+            split(rows, self.scale, self.high[at], self.low[at], LOW)
+            return
         scaled = rows / self.scale  # exact
         high = self.high[at].copy_(scaled)
         torch.mul(scaled.sub_(high), LOW, out=self.low[at])

@@ -122,19 +122,30 @@ def attempt(H: Tensor, order: Tensor, damp: float, dtype: torch.dtype = torch.fl
     A GPU is not waited for. One Cholesky of the matrix with rows and columns reversed gives H = R R^T with R upper.
     Arguments are those of `factorize`.
     """
-    backwards = order.flip(0)
-    damped = H[backwards][:, backwards]
     by_panels = has_tensor_cores(H) and len(H) > 2 * PANEL
-    damped = damped if by_panels else damped.to(dtype)
+    damped = _reordered(H, order.flip(0), H.dtype if by_panels else dtype)
     damped.diagonal().add_(damp * H.diagonal().double().mean())
     lower, failed = _cholesky(damped) if by_panels else torch.linalg.cholesky_ex(damped)
-    diagonal = lower.diagonal().clone()
-    unit = lower.div_(diagonal).float().flip(0, 1)
+    diagonal, backwards = lower.diagonal().clone(), torch.arange(len(H) - 1, -1, -1, device=H.device)
+    unit = _reordered(lower, backwards, torch.float32, diagonal)
     return Factor(unit, diagonal.flip(0).square().float()), failed
 
 
+def _reordered(matrix: Tensor, index: Tensor, dtype: torch.dtype, divisor: Tensor | None = None) -> Tensor:
+    """``matrix[index][:, index]``; with a divisor of each column, its upper triangle, which what lies below leaves."""
+    if matrix.is_cuda:
+        from .kernels.passes import reorder
+
+        out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+        reorder(matrix, index, divisor, out, upper=divisor is not None)
+        return out
+    if divisor is None:
+        return matrix[index][:, index].to(dtype)
+    return (matrix / divisor)[index][:, index].to(dtype).triu_()
+
+
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """As torch.linalg.cholesky_ex, of a float32 matrix that is overwritten by its factor.
+    """As torch.linalg.cholesky_ex, of a float32 matrix that its factor overwrites, with anything above the diagonal.
 
     Corners of the diagonal are factored and inverted in float64; the rest is products of halves.
     """
@@ -148,14 +159,13 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
             break
         below = matrix[stop:, start:stop]
         # X corner^T = below, as X^T = corner^-1 below^T
-        inverse = _inverse(corner).t().float().contiguous()
-        solved = inner(splittable(inverse), splittable(below.t().contiguous()))
+        solved = inner(splittable(_inverse(corner).t().float()), splittable(below.t()))
         below.copy_(solved.t())
         rows = splittable(solved)
         for first in range(stop, len(matrix), PANEL):
             last = min(first + PANEL, len(matrix))
             matrix[first:last, stop:last] -= inner(rows[:, first - stop : last - stop], rows[:, : last - stop])
-    return matrix.tril_(), failed
+    return matrix, failed
 
 
 def _inverse(lower: Tensor) -> Tensor:

@@ -136,23 +136,21 @@ def solve(
 
     def energies(columns: Tensor) -> Tensor:
         """Of each layer's share."""
-        sizes = [len(weight) for weight in weights.values()]
-        return torch.stack([energy(part, H) for part in columns.split(sizes, dim=1)])
+        return torch.stack([energy(part, H) for part in columns.split([len(w) for w in weights.values()], dim=1)])
 
     def before() -> tuple[Tensor, Tensor]:
+        """Energies of what is to be rounded and of its rounding to nearest."""
         return energies(target), energies(target - nearest.dequantize())
 
-    # a GPU is mostly idle while it factors a matrix
-    known = Aside(before, H.device)
-    found, damp = None, options.damp
-    needed = _needed_tokens(H.shape[0], options)
-    if method == "rtn":
-        pass
-    elif hessian.tokens < needed:
+    found, damp, needed = None, options.damp, _needed_tokens(H.shape[0], options)
+    if method == "gptq" and hessian.tokens < needed:
         logger.warning("%s: saw %d tokens, needs %d; rounded to nearest", names, hessian.tokens, needed)
-    else:
-        order, g_idx = _order(H.diagonal(), spec, options)
-        cuts, grid = cut(g_idx[order], options), replace(nearest, g_idx=g_idx)
+        method = "rtn"
+    order, g_idx = _order(H.diagonal(), spec, options)
+    cuts, grid, aside = cut(g_idx[order], options), replace(nearest, g_idx=g_idx), Aside(H.device)
+    attempted = attempt(H, order, damp) if method == "gptq" else None
+    size, error_rtn = aside.run(before)  # a GPU has little to do while it factors a matrix
+    if attempted is not None:
 
         def rounded(factor: Factor) -> tuple[Tensor, Rounded]:
             """What is fitted, and what it becomes."""
@@ -162,7 +160,7 @@ def solve(
                 fitted = target.index_add(0, order, factor.divide(pull))
             return fitted, walk(fitted[order], factor, order, grid, spec, options, cuts=cuts)
 
-        factor, failed = attempt(H, order, damp)
+        factor, failed = attempted
         # on a GPU the walk is on its way before it is known whether there is a factor to walk with
         done = rounded(factor) if H.is_cuda or not bool(failed) else None
         if bool(failed):
@@ -173,30 +171,34 @@ def solve(
         else:
             fitted, found = done
             if fitted is not target:
+                aside.join()
                 target = fitted
-                known = Aside(before, H.device)
+                size, error_rtn = before()
             found = replace(found, scales=storable(found.scales, found.scales.dtype))
             if options.refine:
                 found = _refined(target, H, order, factor, damp, found, spec, options)
+    aside.join()
     chosen = nearest if found is None else found
-    dequantized = chosen.dequantize()
-    size, error_rtn = known.get()
-    error = error_rtn if found is None else energies(target - dequantized)
-    solutions, start = {}, 0
+    dequantized, aside = chosen.dequantize(), Aside(H.device)
+    error = error_rtn if found is None else aside.run(lambda: energies(target - dequantized))
+    packed, start = {}, 0
+    for name, weight in weights.items():
+        packed[name] = start, _pack(chosen.slice(start, start + len(weight)), spec, options)
+        start += len(weight)
+    aside.join()
     figures = torch.stack([size, error, error_rtn], 1).tolist()
-    for (name, weight), (size, error, error_rtn) in zip(weights.items(), figures, strict=True):
-        stop = start + len(weight)
-        solutions[name] = Solution(
-            weight=_pack(chosen.slice(start, stop), spec, options),
-            dequantized=dequantized[:, start:stop].t(),
+    return {
+        name: Solution(
+            weight=weight,
+            dequantized=dequantized[:, start : start + weight.N].t(),
             method="rtn" if found is None else "gptq",
             error=_relative(error, size),
             error_rtn=_relative(error_rtn, size),
             damp=damp,
             tokens=hessian.tokens,
         )
-        start = stop
-    return solutions
+        for (name, (start, weight)), (size, error, error_rtn) in zip(packed.items(), figures, strict=True)
+    }
 
 
 def _finite(tensor: Tensor) -> bool:

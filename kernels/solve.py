@@ -138,7 +138,7 @@ def solve(
     first: int,
     maxq: int,
     sym: bool,
-    block_n: int = 16,
+    block_n: int = 8,
     num_warps: int = 1,
 ) -> None:
     """Launch on the current stream of the tile's device; all matrices but spread are contiguous.
@@ -189,4 +189,4 @@ VARIANTS = tuple(
     for find, sym in ((True, False), (True, True), (False, False))
 )
 # Rows a program and warps: the launcher's default, and what else may be tried
-TILES = ((16, 1), (8, 1), (32, 4))
+TILES = ((8, 1), (16, 1), (32, 4))

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 KERNELS = Path(__file__).parent.parent / "kernels"
-POINTERS = ("x", "i32", "u8", "fp16", "fp32", "fp64")
+POINTERS = ("x", "i32", "i64", "u8", "fp16", "fp32", "fp64")
 UNALIGNED = (
     "M",
     "group_steps",
@@ -135,7 +135,7 @@ def test_variant_compiles_and_fits(module, index, arch, dtype, bits, plan, tmp_p
         assert "st.shared" not in loop
 
 
-@pytest.mark.parametrize("module", ["matmul", "dequantize", "gather", "solve", "clip", "refit"])
+@pytest.mark.parametrize("module", ["matmul", "dequantize", "gather", "solve", "clip", "refit", "passes"])
 def test_ragged_shapes_compile_and_fit(module):
     # unaligned rows take an address and a mask per element: a few spilled bytes are allowed
     for variant in importlib.import_module(f"gptq_triton.kernels.{module}").VARIANTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from gptq_triton import halves, reference
 from gptq_triton import walk as walking
+from gptq_triton.halves import LOW, Halves, column_scales
 from gptq_triton.hessian import Hessian, factorize
 from gptq_triton.layout import TiledWeight, tile_weight
 from gptq_triton.quantizer import encode, mse_shares
@@ -355,3 +357,57 @@ def test_a_scale_beyond_its_dtype_is_left_infinite_by_the_fused_walk():
     columns, *others = layer_problem(16, 4, spec, options, 0)
     assert by_kernel(columns, *others).scales.isfinite().all()
     assert by_kernel(1e6 * columns, *others).scales.isinf().any()  # the solver refuses it
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    R=st.integers(0, 40),
+    C=st.integers(1, 200),
+    across=st.booleans(),
+    spread=st.sampled_from((0, 4)),
+    seed=st.integers(0, 99),
+)
+def test_split_makes_halves_to_the_bit(R, C, across, spread, seed):
+    from gptq_triton.kernels.passes import split
+
+    matrix = torch.randn(R, C, generator=generator(seed))
+    matrix *= 10 ** (spread * torch.randn(C, generator=generator(seed + 1)).clamp(-3, 3))
+    scale = column_scales(matrix)
+    expected = Halves.empty(matrix, scale)
+    expected[:] = matrix
+    given = matrix.t().contiguous().t() if across else matrix
+    high, low = (torch.full((R + 1, C), 7, dtype=torch.float16) for _ in range(2))
+    split(given, scale, high[:R], low[:R], LOW)
+    assert torch.equal(high[:R], expected.high)
+    assert torch.equal(low[:R], expected.low)
+    assert (high[R] == 7).all()
+    assert (low[R] == 7).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    n=st.integers(1, 100),
+    dtypes=st.sampled_from(tuple(itertools.product((torch.float32, torch.float64), repeat=2))),
+    across=st.booleans(),
+    divided=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_reorder_is_two_selections(n, dtypes, across, divided, seed):
+    from gptq_triton.kernels.passes import reorder
+
+    matrix = torch.randn(n, n, generator=generator(seed), dtype=dtypes[0])
+    index = torch.randperm(n, generator=generator(seed))
+    divisor = 1 + torch.rand(n, generator=generator(seed), dtype=dtypes[0]) if divided else None
+    expected = (matrix / divisor if divided else matrix)[index][:, index].to(dtypes[1])
+    out = torch.full((n + 1, n), 7, dtype=dtypes[1])
+    given = matrix.t().contiguous().t() if across else matrix
+    reorder(given, index, divisor, out[:n], upper=divided)
+    assert torch.equal(out[:n], expected.triu() if divided else expected)
+    assert (out[n] == 7).all()
+
+
+def test_passes_need_a_unit_stride():
+    from gptq_triton.kernels.passes import reorder
+
+    with pytest.raises(ValueError, match=r"matrix must have a unit stride, got \(8, 2\)"):
+        reorder(torch.ones(4, 8)[:, ::2], torch.arange(4), None, torch.ones(4, 4), upper=False)

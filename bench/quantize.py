@@ -38,18 +38,20 @@ from gptq_triton.packing import unpack
 from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import QuantSpec
 
-PARTS = ("hessian", "solver", "model")
+PARTS = ("hessian", "solver", "experts", "model")
 SWITCHES: dict[str, dict[str, Any]] = {"default": {}, "none": {"clip": False, "refine": 0}}
 CONFIG = QuantizeConfig(bits=4, group_size=128, sym=False)
-IDENTITY = ("part", "N", "K", "layers", "act_order", "switches", "ranks")
+IDENTITY = ("part", "N", "K", "layers", "act_order", "switches", "ranks", "at_once")
 SHAPES = ((4096, 4096), (4096, 14336))  # N, K
 SEGMENTS, LENGTH = 128, 2048
 METHOD = (
     "solver: solve() with factorisation, energies and packing, 4 bits, groups of 128, zero points, eager and fused in "
-    "turns, medians of 7, of 3 where K > 4096; loss: tr(E H E^T) in float64, fused over eager. hessian: 16384 tokens of float16, and how "
-    f"far off float64 in norm. model: random float16 weights, {SEGMENTS} x {LENGTH} tokens, 4 bits, groups of 128; "
-    "seconds from the model on disk to the checkpoint on disk, of the first one with compiling kernels. ranks: the "
-    "same tokens and 4 such layers, on the GPU; calibration: all but solving"
+    "turns, medians of 7, of 3 where K > 4096; loss: tr(E H E^T) in float64, fused over eager. hessian: 16384 tokens "
+    "of float16, and how far off float64 in norm. model: random float16 weights, "
+    f"{SEGMENTS} x {LENGTH} tokens, 4 bits, groups of 128; seconds from the model on disk to the checkpoint on disk, "
+    "of the first one with compiling kernels. experts: a block of Qwen3-30B-A3B, 128 experts, solved one after another "
+    "and some at once, on the GPU. ranks: the same tokens and 4 layers of the model, on the GPU; calibration: all but "
+    "solving"
 )
 
 
@@ -122,6 +124,34 @@ def measure_solver(N: int, K: int, desc_act: bool) -> dict[str, Any]:
         "equal_codes": round(float((codes[0] == codes[1]).float().mean()), 6),
         "loss_ratio": round(losses[1] / losses[0], 7),
         "error": found["fused"].error,
+    }
+
+
+def measure_experts(at_once: int) -> dict[str, Any]:
+    """One block of experts, of which each gets a sixteenth of the tokens."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 512, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model: Any = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes), dtype=torch.float16).eval()
+    tokens = torch.randint(0, 512, (SEGMENTS, LENGTH), generator=torch.Generator().manual_seed(0))
+    default, model_module._at_once = model_module._at_once, lambda device: at_once
+    try:
+        taken, reports = timed(functools.partial(quantize_model, progress=False), model, list(tokens), CONFIG)
+    finally:
+        model_module._at_once = default
+    return {
+        "part": "experts",
+        "at_once": at_once,
+        "seconds": round(taken, 2),
+        "solve_s": round(sum(report.seconds for report in reports), 2),
+        "rounded_to_nearest": sum(report.method == "rtn" for report in reports),
+        "digest": _digest(model),
     }
 
 
@@ -271,6 +301,9 @@ def main() -> None:
                 for desc_act in (False, True):
                     if options.only is None or f"{N}x{K}" in options.only:
                         add(measure_solver(N, K, desc_act))
+        if "experts" in options.parts:
+            for at_once in (1, 1, 2, 4, 8):  # the first compiles
+                add(measure_experts(at_once))
         if "model" in options.parts:
             source = options.folder or Path(tempfile.mkdtemp()) / "model"
             if not source.exists():  # made by another process, so that none of it stays on this one's GPU

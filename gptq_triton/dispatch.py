@@ -126,12 +126,11 @@ class LargePlan:
     groups: int
     stages: int
     split: int  # programs that share a tile of y, about and at most; 1: none do
-    blocks: int = 1  # of 64 rows of W, that a group multiplies
 
     @property
     def strips_of_program(self) -> int:
         """Strips of a tile of y."""
-        return 4 * self.groups * self.blocks
+        return 4 * self.groups
 
     def tiles(self, problem: Problem) -> int:
         """Of y."""
@@ -166,7 +165,6 @@ class TransposedPlan:
     group_m: int  # blocks of rows of dy that go through W together
     programs: int
     streamed: int  # tiles of dx that several programs may share
-    steps: int = 1  # of 128 columns of a tile
 
 
 FusedPlan = DecodePlan | WidePlan | MatmulPlan | LargePlan
@@ -214,9 +212,7 @@ def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPl
     _check_dtype(problem.dtype)
     if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
         return _dequantize(problem)
-    return min(
-        (transposed_plan(problem, *tile) for tile in _TRANSPOSED_CYCLES), key=lambda plan: _cycles(problem, plan)
-    )
+    return min((transposed_plan(problem, rows) for rows in _TRANSPOSED_CYCLES), key=lambda plan: _cycles(problem, plan))
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -346,48 +342,39 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
                 yield MatmulPlan(block_m, block_n, split, warps, stages, registers, ptx)
 
 
-# microseconds of a program for a step, by rows of x of a tile, multiplying groups and their blocks, on an H200
-_LARGE_STEP = {
-    (16, 4, 1): 0.72,
-    (32, 4, 1): 0.75,
-    (64, 4, 1): 0.9,
-    (64, 2, 1): 0.49,
-    (128, 2, 1): 0.76,
-    (128, 2, 2): 1.4,
-    (256, 2, 1): 1.5,
-}
+# microseconds of a program for a step, by rows of x of a tile and multiplying groups, on an H200 at work for a while
+_LARGE_STEP = {(16, 4): 0.72, (32, 4): 0.75, (64, 4): 0.95, (64, 2): 0.51, (128, 2): 0.83, (256, 2): 1.6}
+_APART = 1.04  # how much longer steps take of programs that are at several k at a time
 # bytes of x up to which programs that are at several k at a time find it in a cache
 _SHARED_X = 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
     subgroups = max(1, 128 // problem.group_columns)
-    for block_m, groups, blocks in _LARGE_STEP:
+    for block_m, groups in _LARGE_STEP:
         if block_m < min(problem.M, 256) / 2 or block_m // 2 >= problem.M:
             continue  # tiles that take turns, or are mostly empty
-        rows = 64 * groups * blocks
+        rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * subgroups)
         stages = min(8, (_SHARED_MEMORY[90] * 1024 - 2048 - 2 * rows * block_m) // step)
         if stages < 2:
             continue
-        plans = [LargePlan(block_m, groups, stages, split, blocks) for split in _SPLITS if split <= problem.steps]
+        plans = [LargePlan(block_m, groups, stages, split) for split in _SPLITS if split <= problem.steps]
         if plans[0].tiles(problem) >= problem.multiprocessors and 256 * problem.M * problem.steps > _SHARED_X:
             plans = plans[:1]
         yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
 
-# cycles of a program for eight stages, by rows and steps of a tile, on an H200
-_TRANSPOSED_CYCLES = {(64, 1): 5400, (128, 1): 6300, (256, 1): 9000}
+# cycles of a program for eight stages and a step, by rows of a tile, on an H200
+_TRANSPOSED_CYCLES = {64: 5400, 128: 6300, 256: 9000}
 
 
-def transposed_plan(problem: Problem, block_m: int, steps: int = 1) -> TransposedPlan:
-    """The plan for ``dy @ W.T`` with tiles of so many rows and steps."""
-    of_step = 4 * max(1, 128 // problem.group_columns) + 16 * problem.bits  # bytes of a row of W
-    stage = 64 * (2 * block_m + steps * of_step)
-    stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * steps * block_m - 1024) // stage)
-    # eight stages of 3 bits take more registers than there are, those of two steps more of the cache
-    unit = 4 if problem.bits == 3 or steps > 1 else 8
-    tiles, units = _cut(problem, block_m, steps, unit)
+def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
+    """The plan for ``dy @ W.T`` with tiles of so many rows."""
+    stage = 64 * (2 * block_m + 4 * max(1, 128 // problem.group_columns) + 16 * problem.bits)  # bytes
+    stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * block_m - 1024) // stage)
+    unit = 4 if problem.bits == 3 else 8  # eight stages of 3 bits take more registers than there are
+    tiles, units = _cut(problem, block_m, unit)
     programs = min(problem.multiprocessors, tiles * units)
     left = tiles % programs
     streamed = left if left == 0 or tiles < programs or 2 * left >= programs else left + programs
@@ -400,23 +387,21 @@ def transposed_plan(problem: Problem, block_m: int, steps: int = 1) -> Transpose
         or (programs < tiles < 4 * programs and left > 0.85 * programs)
     ):
         programs, streamed = min(programs, tiles), 0
-    return TransposedPlan(block_m, stages, unit, 8, programs, streamed, steps)
+    return TransposedPlan(block_m, stages, unit, 8, programs, streamed)
 
 
-def _cut(problem: Problem, block_m: int, steps: int, unit: int) -> tuple[int, int]:
+def _cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:
     """Tiles of dx, and the units of each."""
-    return -(-problem.M // block_m) * -(-problem.steps // steps), -(-problem.strips // (4 * unit))
+    return -(-problem.M // block_m) * problem.steps, -(-problem.strips // (4 * unit))
 
 
 def _cycles(problem: Problem, plan: TransposedPlan) -> float:
     """Estimate: of the busiest program."""
-    tiles, units = _cut(problem, plan.block_m, plan.steps, plan.unit)
+    tiles, units = _cut(problem, plan.block_m, plan.unit)
     whole = -(-(tiles - plan.streamed) // plan.programs)
     shared = plan.streamed / plan.programs
-    parts = -(-plan.programs // plan.streamed) if plan.streamed else 0
-    rows = plan.steps * plan.block_m
-    tile = units * plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m, plan.steps] + 10 * rows
-    return (whole + shared) * tile + 25 * rows * parts
+    meeting = 25 * plan.block_m * -(-plan.programs // plan.streamed) if plan.streamed else 0
+    return (whole + shared) * (units * plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m] + 10 * plan.block_m) + meeting
 
 
 def microseconds(problem: Problem, plan: FusedPlan) -> float:
@@ -450,8 +435,9 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     programs, streamed = plan.shares(problem)
     arrival = programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
-    step = max(_LARGE_STEP[plan.block_m, plan.groups, plan.blocks], arrival)
+    step = max(_LARGE_STEP[plan.block_m, plan.groups], arrival)
     tiles = -(-(plan.tiles(problem) - streamed) // programs)
     steps = tiles * problem.steps + -(-streamed * problem.steps // programs)
     parts = max(2, -(-programs // streamed)) if streamed else 0  # of a tile
-    return 2.5 + steps * step + parts * (0.35 + 0.0065 * plan.block_m)
+    apart = _APART if streamed and programs % streamed else 1.0
+    return 2.5 + steps * step * apart + parts * (0.35 + 0.0065 * plan.block_m)

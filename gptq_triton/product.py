@@ -281,13 +281,12 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
         **_form(problem, operands.scales),
         block_m=plan.block_m,
         groups=plan.groups,
-        blocks=plan.blocks,
         stages=plan.stages,
         shares=streamed > 0,
         pdl=True,
     )
     M, K, N = problem.M, operands.K, operands.N
-    sums = programs * 16 * plan.strips_of_program * plan.block_m
+    sums = programs * 64 * plan.groups * plan.block_m
     scratch = _scratch(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -296,7 +295,7 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
         with scratch.lock:
             workspace = counters = None
             if streamed:
-                workspace, counters = scratch.tensors(stream, sums, streamed * plan.groups * plan.blocks)
+                workspace, counters = scratch.tensors(stream, sums, streamed * plan.groups)
             multiply(programs, streamed, stream, x, weight.words, weight.meta, y.view(M, N), bias, workspace, counters)
 
     return launch
@@ -340,16 +339,15 @@ def _by_tiles(plan: TransposedPlan, problem: Problem, dy: Tensor, weight: TiledW
         dy.dtype,
         **_form(problem, weight.dtype),
         block_m=plan.block_m,
-        steps=plan.steps,
         stages=plan.stages,
         unit=plan.unit,
         group_m=plan.group_m,
     )
-    sums = plan.programs * STEP * plan.steps * plan.block_m if plan.streamed else 0
+    sums = plan.programs * STEP * plan.block_m if plan.streamed else 0
     stream = torch._C._cuda_getCurrentRawStream(device)
     scratch = _scratch(device)
     with scratch.lock:
-        memory, counters = scratch.get(stream, sums, 2 * plan.steps * plan.streamed)
+        memory, counters = scratch.get(stream, sums, 2 * plan.streamed)
         multiply(plan.programs, plan.streamed, stream, dy, weight.words, weight.meta, dx, memory, counters)
     return dx
 

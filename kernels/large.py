@@ -3,10 +3,9 @@
     y[m, n] = bias[n] + sum_k x[m, k] * round(scales[g, n] * (codes[k, n] - zeros[g, n]))
 
 A program is one warp that copies and some groups of four warps that multiply. The copying warp brings steps of 128
-columns into a ring in shared memory, words, meta and x, by the tensor copy engine. A multiplying group owns one or two
-blocks of 64 rows of W for a tile of y: it turns words into weights in its registers, a quarter of a step at a time,
-which are the A operand of ``wgmma``, with x in shared memory as the B operand; while its products run, the other groups
-unpack. Two blocks take as many registers as twice the rows of x, and half the reading of x.
+columns into a ring in shared memory, words, meta and x, by the tensor copy engine. A multiplying group owns 64 rows of
+W for a tile of y: it turns words into weights in its registers, a quarter of a step at a time, which are the A operand
+of ``wgmma``, with x in shared memory as the B operand; while its products run, the other groups unpack.
 
 Programs are as many as can run at once, and take tile after tile. Tiles that they cannot share evenly, the *streamed*
 ones, are cut in ranges of k: the program that begins a tile waits for the partial sums of those that go on with it, all
@@ -66,8 +65,7 @@ class Tiles(Constants):
         scales_bf16: Whether scales are.
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
         block_m: Rows of x of a tile: a power of two from 16 to 256.
-        groups: Multiplying groups of a program: 2 or 4.
-        blocks: Of 64 rows of W, that a group multiplies: 1 or 2.
+        groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
         stages: Steps in the ring.
         shares: Whether programs share tiles.
         bias: Whether there is one.
@@ -75,25 +73,25 @@ class Tiles(Constants):
     """
 
     def __init__(
-        self, bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, groups: int, blocks: int,
-        stages: int, shares: bool, bias: bool, pdl: bool,
+        self, bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, groups: int, stages: int,
+        shares: bool, bias: bool, pdl: bool,
     ) -> None:  # fmt: skip
         strips = STRIPS.value
         lanes, warps = bits_of(32), [[1, 0], [2, 0]]
-        self.key = (bits, bf16, scales_bf16, group_columns, block_m, groups, blocks, stages, shares, bias, pdl)
+        self.key = (bits, bf16, scales_bf16, group_columns, block_m, groups, stages, shares, bias, pdl)
         asm, constraints, parts = scale_ptx(bf16, scales_bf16)
         texts = [weights_ptx(bits, bf16, quarter, parts) for quarter in range(4)]
         constants = {
-            "bits": bits, "block_m": block_m, "groups": groups, "blocks": blocks, "stages": stages, "shares": shares,
-            "bias": bias, "pdl": pdl,
+            "bits": bits, "block_m": block_m, "groups": groups, "stages": stages, "shares": shares, "bias": bias,
+            "pdl": pdl,
             "half": gl.bfloat16 if bf16 else gl.float16,
             "scale": asm, "scale_constraints": constraints, "parts": parts,
             "weights": tuple(text for text, _ in texts), "constraints": tuple(c for _, c in texts),
             "outputs": {8: 4, 4: 8, 2: 8, 3: 16}[bits],
             "vectors": {8: 4, 4: 2, 2: 1, 3: 1}[bits],
             "group_steps": max(1, group_columns // 128), "subgroups": max(1, 128 // group_columns),
-            "rows": 16 * strips * groups * blocks,
-            "registers": {2: 240 if block_m * blocks > 128 else 208, 4: 112}[groups],
+            "rows": 16 * strips * groups,
+            "registers": {2: 240 if block_m > 128 else 208, 4: 112}[groups],
             "words_layout": linear([[0, 1], [0, 2]], [[0, 4 * b] for b in lanes], warps, [strips, 128]),
             "rest_layout": linear([[0, 1]], [[0, 2 * b] for b in lanes], warps, [strips, 64]),
             "meta_layout": linear(
@@ -219,7 +217,7 @@ def _copy_weight(sources, ring, stage, tile_n, step, C: gl.constexpr):
     words, rest, meta = sources
     _, ws, rs, ms, full, _ = ring
     here = full.index(stage)
-    strip = tile_n * (STRIPS * C.groups * C.blocks)
+    strip = tile_n * STRIPS * C.groups
     mbarrier.expect(here, C.block_m * 256 + C.rows * (16 * C.bits + 4 * C.subgroups))
     for v in gl.static_range(C.vectors):
         at = ws.index(stage * C.vectors + v)
@@ -246,6 +244,8 @@ def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
     tiles_n = gl.cdiv(N, C.rows)
     programs = gl.num_programs(0)
     p = programs - 1 - gl.program_id(0)
+    if not C.shares:
+        streamed = 0  # fewer divisions
 
     # The weight does not depend on kernels before: as much of it as the ring holds sets out at once
     tile, start, stop = piece(0, p, programs, streamed, steps)
@@ -276,122 +276,96 @@ def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
 
 
 @gluon.jit
-def _steps(acc, second, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.constexpr, A: gl.constexpr):
+def _steps(acc, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.constexpr, A: gl.constexpr):
     """N steps, a product always on its way; at the end none is, or ptxas would wait for every one."""
     xs, ws, rs, ms, full, empty = ring
     previous = stage
     for u in gl.static_range(N):
         mbarrier.wait(full.index(stage), phase)
-        for j in gl.static_range(C.blocks):
-            q = _load_words(ws, rs, stage, group * C.blocks + j, C)
-            m = _load_meta(ms, stage, group * C.blocks + j, C)
-            for s in gl.static_range(4):
-                a = _weights(q[s], m[s * C.subgroups // 4], s, C, A)
-                b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
-                if j == 0:
-                    acc = warpgroup_mma(a, b, acc, is_async=True)
-                else:
-                    second = warpgroup_mma(a, b, second, is_async=True)
-                if s == 0 and u + j > 0:  # operands of more products than that have no room in registers
-                    acc, second = _wait(1, acc, second, C)
-                    if j == 0:
-                        mbarrier.arrive(empty.index(previous))
+        q = _load_words(ws, rs, stage, group, C)
+        m = _load_meta(ms, stage, group, C)
+        for s in gl.static_range(4):
+            a = _weights(q[s], m[s * C.subgroups // 4], s, C, A)
+            b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+            if u > 0 and s == 0:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                mbarrier.arrive(empty.index(previous))
         previous = stage
         stage += 1
         if stage == C.stages:
             stage = 0
             phase ^= 1
-    acc, second = _wait(0, acc, second, C)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(previous))
-    return acc, second, stage, phase
-
-
-@gluon.jit
-def _wait(N: gl.constexpr, acc, second, C: gl.constexpr):
-    """Until all products but the N latest are done."""
-    if C.blocks == 2:
-        acc, second = warpgroup_mma_wait(N, deps=(acc, second))
-    else:
-        acc = warpgroup_mma_wait(N, deps=(acc,))
-    return acc, second
-
-
-@gluon.jit
-def _finish(
-    acc, block: gl.constexpr, tile, tile_m, tile_n, start, stop, p, programs, streamed, y, ys, bias_ptr, meeting, N,
-    steps, C: gl.constexpr, MMA: gl.constexpr,
-):  # fmt: skip
-    """64 rows of W of a tile: partial sums in a fixed order, and the result to y."""
-    workspace_ptr, counters_ptr = meeting
-    BLOCKS: gl.constexpr = C.groups * C.blocks
-    if C.shares:
-        PARTIAL: gl.constexpr = 16 * STRIPS * C.block_m
-        counter = counters_ptr + tile * BLOCKS + block
-        sums_ptrs = workspace_ptr + (p * BLOCKS + block) * PARTIAL + offsets(C.block_m, C.sums_layout)
-        if start > 0:  # somebody else's tile
-            gl.store(sums_ptrs, by_registers(acc, C.sums_layout))
-            barrier()
-            gl.atomic_add(counter, 1, sem="release")
-        elif stop < steps:
-            more = others(tile, p, programs, streamed, steps)
-            gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
-            sums = by_registers(acc, C.sums_layout)
-            for j in range(1, more + 1):
-                sums += gl.load(sums_ptrs + j * (BLOCKS * PARTIAL), cache_modifier=".cg")
-            acc = from_registers(sums, C.block_m, MMA)
-            barrier()
-            gl.store(counter, 0)
-    if start == 0:
-        first_n = tile_n * C.rows + block * (16 * STRIPS)
-        if C.bias:
-            offs_n = first_n + gl.arange(0, 16 * STRIPS, gl.SliceLayout(1, MMA))
-            bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
-            acc += gl.expand_dims(bias, 1)
-        out = ys.index(block)
-        tma.store_wait(C.blocks - 1)  # what the block's last tile left there is gone
-        barrier()
-        out.permute((1, 0)).store(acc.to(C.half))
-        fence_async_shared()
-        barrier()
-        tma.async_copy_shared_to_global(y, [tile_m * C.block_m, first_n], out)
+    return acc, stage, phase
 
 
 @gluon.jit
 def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C: gl.constexpr):
     """A multiplying group."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    workspace_ptr, counters_ptr = meeting
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     SHIFT: gl.constexpr = group * UNROLL // C.groups  # groups wait in turns
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
     programs = gl.num_programs(0)
     p = programs - 1 - gl.program_id(0)
+    if not C.shares:
+        streamed = 0  # fewer divisions
     stage = 0
     phase = 0
+    mine = ys.index(group)
     for i in range(pieces(p, programs, streamed, tiles_m * tiles_n, steps)):
         # Which tile is mine
         tile, start, stop = piece(i, p, programs, streamed, steps)
         tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
+        first_n = (tile_n * C.groups + group) * 16 * STRIPS
 
         # The loop over k
-        acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, MMA)
-        second = acc
+        acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, mma)
         left = stop - start
         if SHIFT > 0:  # noqa: SIM102 - known when it compiles
             if left >= UNROLL:
-                acc, second, stage, phase = _steps(acc, second, stage, phase, SHIFT, ring, group, C, A)
+                acc, stage, phase = _steps(acc, stage, phase, SHIFT, ring, group, C, A)
                 left -= SHIFT
         for _ in range(left // UNROLL):
-            acc, second, stage, phase = _steps(acc, second, stage, phase, UNROLL, ring, group, C, A)
+            acc, stage, phase = _steps(acc, stage, phase, UNROLL, ring, group, C, A)
         for _ in range(left % UNROLL):
-            acc, second, stage, phase = _steps(acc, second, stage, phase, 1, ring, group, C, A)
+            acc, stage, phase = _steps(acc, stage, phase, 1, ring, group, C, A)
 
-        # Epilogue
-        for j in gl.static_range(C.blocks):
-            _finish(
-                acc if j == 0 else second, group * C.blocks + j, tile, tile_m, tile_n, start, stop, p, programs,
-                streamed, y, ys, bias_ptr, meeting, N, steps, C, MMA,
-            )  # fmt: skip
+        # Epilogue: partial sums in a fixed order
+        if C.shares:
+            PARTIAL: gl.constexpr = 16 * STRIPS * C.block_m
+            counter = counters_ptr + tile * C.groups + group
+            sums_ptrs = workspace_ptr + (p * C.groups + group) * PARTIAL + offsets(C.block_m, C.sums_layout)
+            if start > 0:  # somebody else's tile
+                gl.store(sums_ptrs, by_registers(acc, C.sums_layout))
+                barrier()
+                gl.atomic_add(counter, 1, sem="release")
+            elif stop < steps:
+                more = others(tile, p, programs, streamed, steps)
+                gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
+                sums = by_registers(acc, C.sums_layout)
+                for j in range(1, more + 1):
+                    sums += gl.load(sums_ptrs + j * (C.groups * PARTIAL), cache_modifier=".cg")
+                acc = from_registers(sums, C.block_m, mma)
+                barrier()
+                gl.store(counter, 0)
+
+        # Store
+        if start == 0:
+            if C.bias:
+                offs_n = first_n + gl.arange(0, 16 * STRIPS, gl.SliceLayout(1, mma))
+                bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
+                acc += gl.expand_dims(bias, 1)
+            tma.store_wait(0)
+            barrier()
+            mine.permute((1, 0)).store(acc.to(C.half))
+            fence_async_shared()
+            barrier()
+            tma.async_copy_shared_to_global(y, [tile_m * C.block_m, first_n], mine)
     tma.store_wait(0)
 
 
@@ -401,12 +375,12 @@ def large_kernel(
 ):
     """As many programs as there are multiprocessors, or units of work if these are fewer."""
     xs = gl.allocate_shared_memory(C.half, [2 * C.stages, C.block_m, 64], ROWS_LAYOUT)
-    ws = gl.allocate_shared_memory(gl.int32, [C.vectors * C.stages, STRIPS * C.groups * C.blocks, 128], FLAT_LAYOUT)
+    ws = gl.allocate_shared_memory(gl.int32, [C.vectors * C.stages, STRIPS * C.groups, 128], FLAT_LAYOUT)
     rs = ws
     if C.bits == 3:
-        rs = gl.allocate_shared_memory(gl.int32, [C.stages, STRIPS * C.groups * C.blocks, 64], FLAT_LAYOUT)
+        rs = gl.allocate_shared_memory(gl.int32, [C.stages, STRIPS * C.groups, 64], FLAT_LAYOUT)
     ms = gl.allocate_shared_memory(gl.int32, [C.stages, C.subgroups, C.rows], FLAT_LAYOUT)
-    ys = gl.allocate_shared_memory(C.half, [C.groups * C.blocks, C.block_m, 16 * STRIPS], ROWS_LAYOUT)
+    ys = gl.allocate_shared_memory(C.half, [C.groups, C.block_m, 16 * STRIPS], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(C.stages):
@@ -435,7 +409,7 @@ def large_kernel(
 
 def prepare_large(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
-    block_m: int, groups: int, blocks: int, stages: int, shares: bool, pdl: bool,
+    block_m: int, groups: int, stages: int, shares: bool, pdl: bool,
 ) -> Callable[..., None]:  # fmt: skip
     """Compile for these constants.
 
@@ -447,8 +421,7 @@ def prepare_large(
         scales_bf16: Whether scales are bfloat16, not float16.
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
         block_m: Rows of x of a tile: a power of two from 16 to 256.
-        groups: Multiplying groups of a program: 2 or 4.
-        blocks: Of 64 rows of W, that a group multiplies: 1 or 2.
+        groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
         stages: Steps in the ring.
         shares: Whether programs may share tiles of y.
         pdl: Programmatic dependent launch.
@@ -456,9 +429,9 @@ def prepare_large(
     Returns:
         ``launch(programs, streamed, stream, x, words, meta, y, bias, workspace, counters)``: x (M, K) and y (M, N) with
         rows that start at multiples of 16 bytes, words int32 (strips, steps, 64 * bits), meta int32 (groups of columns,
-        16 * strips), a bias (N,) or its absence; of the workspace, 64 * groups * blocks * block_m float32 a program; of
-        counters, ``groups * blocks`` a streamed tile, zero before and after; both None if no tile is shared. Unless no
-        tile is streamed, the streamed ones have at least as many steps as there are programs.
+        16 * strips), a bias (N,) or its absence; of the workspace, 64 * groups * block_m float32 a program; of
+        counters, ``groups`` a streamed tile, zero before and after; both None if no tile is shared. Unless no tile is
+        streamed, the streamed ones have at least as many steps as there are programs.
     """
     C = Tiles(
         bits,
@@ -467,13 +440,12 @@ def prepare_large(
         group_columns,
         block_m,
         groups,
-        blocks,
         stages,
         shares,
         bias is not None,
         pdl,
     )
-    subgroups, strips = max(1, 128 // group_columns), STRIPS.value * groups * blocks
+    subgroups, strips = max(1, 128 // group_columns), STRIPS.value * groups
     rows, flat = ROWS_LAYOUT.value, FLAT_LAYOUT.value
     boxes = [
         described(dtype, [block_m, 64], rows),

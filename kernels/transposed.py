@@ -2,9 +2,8 @@
 
     dx[m, k] = sum_n dy[m, n] * (scales[g, n] * (code[k, n] - zero[g, n]))
 
-Tiles of dx are computed transposed, W.T times dy.T: two warpgroups own one or two steps of 128 columns k, and each of
-their eight warps needs of a strip just one word a lane (README.md), or two. It becomes weights, rounded as
-dequantize.py rounds them; then
+Tiles of dx are computed transposed, W.T times dy.T: two warpgroups own a step of 128 columns k, and each of their eight
+warps needs of a strip just one word a lane (README.md). It becomes weights, rounded as dequantize.py rounds them; then
 ``movmatrix`` turns them over, and they are the A operand of wgmma, in registers. dy.T is its B operand, in shared
 memory. Another warp copies words, meta and dy there, some stages of four strips ahead.
 
@@ -55,41 +54,39 @@ from .warpgroups import (
 
 @gluon.jit
 def _copier(
-    dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty, streamed, blocks_m, tiles_k, units,
-    F: gl.constexpr, T: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
-    UNIT: gl.constexpr, BYTES: gl.constexpr,
+    dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty, streamed, blocks_m, steps, units,
+    F: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
+    BYTES: gl.constexpr,
 ):  # fmt: skip
     """One warp: everything to shared memory, as soon as there is room."""
     programs = gl.num_programs(0)
     p = programs - 1 - gl.program_id(0)
     slot = 0
     phase = 1
-    for i in range(pieces(p, programs, streamed, blocks_m * tiles_k, units)):
+    for i in range(pieces(p, programs, streamed, blocks_m * steps, units)):
         tile, start, stop = piece(i, p, programs, streamed, units)
-        pm, pk = place(tile, blocks_m, tiles_k, GROUP_M)
+        pm, step = place(tile, blocks_m, steps, GROUP_M)
         BLOCK_M: gl.constexpr = dy_s.shape[1]
         for stage in range(start * UNIT, stop * UNIT):
             mbarrier.wait(empty.index(slot), phase)
             arrived = full.index(slot)
             mbarrier.expect(arrived, BYTES)
-            for t in gl.static_range(T):
-                step = pk * T + t
-                for b in gl.static_range(F.boxes):
-                    tma.async_copy_global_to_shared(
-                        words,
-                        [stage * STAGE, step * (64 * F.bits) + b * F.width],
-                        arrived,
-                        words_s.index((slot * T + t) * F.boxes + b),
-                    )
-                if F.bits == 3:
-                    tma.async_copy_global_to_shared(
-                        low_words, [stage * STAGE, step * 192 + 128], arrived, low_s.index(slot * T + t)
-                    )
-                for b in gl.static_range(F.meta_boxes):
-                    row = step * F.subgroups + b * F.meta_rows if F.subgroups > 1 else step // GROUP_STEPS
-                    tma.async_copy_global_to_shared(
-                        meta, [row, stage * (16 * STAGE)], arrived, meta_s.index((slot * T + t) * F.meta_boxes + b)
-                    )
+            for b in gl.static_range(F.boxes):
+                tma.async_copy_global_to_shared(
+                    words,
+                    [stage * STAGE, step * (64 * F.bits) + b * F.width],
+                    arrived,
+                    words_s.index(slot * F.boxes + b),
+                )
+            if F.bits == 3:
+                tma.async_copy_global_to_shared(
+                    low_words, [stage * STAGE, step * 192 + 128], arrived, low_s.index(slot)
+                )
+            for b in gl.static_range(F.meta_boxes):
+                row = step * F.subgroups + b * F.meta_rows if F.subgroups > 1 else step // GROUP_STEPS
+                tma.async_copy_global_to_shared(
+                    meta, [row, stage * (16 * STAGE)], arrived, meta_s.index(slot * F.meta_boxes + b)
+                )
             tma.async_copy_global_to_shared(dy, [pm * BLOCK_M, stage * (16 * STAGE)], arrived, dy_s.index(slot))
             slot += 1
             if slot == STAGES:
@@ -99,142 +96,118 @@ def _copier(
 
 @gluon.jit
 def _stages(
-    acc, second, slot, phase, N: gl.constexpr, dy_s, words_s, low_s, meta_s, full, empty, WHO: gl.constexpr,
-    F: gl.constexpr, T: gl.constexpr, A: gl.constexpr, STAGES: gl.constexpr,
+    acc, slot, phase, N: gl.constexpr, dy_s, words_s, low_s, meta_s, full, empty, UPPER: gl.constexpr, F: gl.constexpr,
+    A: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """N stages, a product always on its way; at the end none is, or ptxas would wait for every one."""
     previous = slot
     for u in gl.static_range(N):
         mbarrier.wait(full.index(slot), phase)
-        b = dy_s.index(slot).permute((1, 0))
-        if T == 1:
-            a = operand(words_s, low_s, meta_s, slot, WHO, F, A)
-            acc = warpgroup_mma(a, b, acc, is_async=True)
-            if u > 0:
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-        else:
-            a = operand(words_s, low_s, meta_s, slot * T + WHO, 0, F, A)
-            acc = warpgroup_mma(a, b, acc, is_async=True)
-            if u > 0:
-                acc, second = warpgroup_mma_wait(1, deps=(acc, second))
+        a = operand(words_s, low_s, meta_s, slot, UPPER, F, A)
+        acc = warpgroup_mma(a, dy_s.index(slot).permute((1, 0)), acc, is_async=True)
         if u > 0:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(empty.index(previous))
-        if T == 2:
-            a = operand(words_s, low_s, meta_s, slot * T + WHO, 1, F, A)
-            second = warpgroup_mma(a, b, second, is_async=True)
-            acc, second = warpgroup_mma_wait(1, deps=(acc, second))
         previous = slot
         slot += 1
         if slot == STAGES:
             slot = 0
             phase = phase ^ 1
-    if T == 1:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-    else:
-        acc, second = warpgroup_mma_wait(0, deps=(acc, second))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(previous))
-    return acc, second, slot, phase
-
-
-@gluon.jit
-def _finish(
-    acc, block: gl.constexpr, tile, pm, column, start, stop, p, programs, streamed, units, dx, dx_s, workspace_ptr,
-    counters_ptr, offs, F: gl.constexpr, T: gl.constexpr, MMA: gl.constexpr, R: gl.constexpr,
-):  # fmt: skip
-    """64 columns of a tile: partial sums in a fixed order, and the result to dx."""
-    BLOCK_M: gl.constexpr = acc.shape[1]
-    counter = counters_ptr + tile * (2 * T) + block
-    PARTIAL: gl.constexpr = 64 * BLOCK_M
-    if start > 0:
-        # Somebody else's tile: leave the sums
-        gl.store(workspace_ptr + (p * (2 * T) + block) * PARTIAL + offs, by_registers(acc, R))
-        barrier()
-        gl.atomic_add(counter, 1, sem="release")
-    else:
-        if stop < units:
-            more = others(tile, p, programs, streamed, units)
-            gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
-            v = by_registers(acc, R)
-            for j in range(1, more + 1):
-                v += gl.load(workspace_ptr + ((p + j) * (2 * T) + block) * PARTIAL + offs, cache_modifier=".cg")
-            acc = from_registers(v, BLOCK_M, MMA)
-            barrier()
-            gl.store(counter, 0)
-        out = dx_s.index(block)
-        tma.store_wait(T - 1)  # what the block's last tile left there is gone
-        barrier()
-        out.permute((1, 0)).store(acc.to(F.dtype))
-        fence_async_shared()
-        barrier()
-        tma.async_copy_shared_to_global(dx, [pm * BLOCK_M, column], out)
+    return acc, slot, phase
 
 
 @gluon.jit
 def _multiplier(
-    WHO: gl.constexpr, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-    streamed, blocks_m, tiles_k, units, F: gl.constexpr, T: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, UNIT: gl.constexpr, R: gl.constexpr,
+    UPPER: gl.constexpr, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
+    streamed, blocks_m, steps, units, F: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
+    R: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: half of each tile of dx."""
+    """A warpgroup: 64 columns of each tile of dx."""
     BLOCK_M: gl.constexpr = dy_s.shape[1]
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     SHIFT: gl.constexpr = UNIT // 2  # the waits of the two warpgroups lie apart
     programs = gl.num_programs(0)
     p = programs - 1 - gl.program_id(0)
     slot = 0
     phase = 0
-    shared = (dy_s, words_s, low_s, meta_s, full, empty)
+    out = dx_s.index(UPPER)
     offs = offsets(BLOCK_M, R)
-    for i in range(pieces(p, programs, streamed, blocks_m * tiles_k, units)):
+    for i in range(pieces(p, programs, streamed, blocks_m * steps, units)):
         tile, start, stop = piece(i, p, programs, streamed, units)
-        pm, pk = place(tile, blocks_m, tiles_k, GROUP_M)
-        acc = gl.zeros((64, BLOCK_M), gl.float32, MMA)
-        second = acc
-        if WHO:
-            acc, second, slot, phase = _stages(acc, second, slot, phase, SHIFT, *shared, WHO, F, T, A, STAGES)
+        pm, step = place(tile, blocks_m, steps, GROUP_M)
+        acc = gl.zeros((64, BLOCK_M), gl.float32, mma)
+        if UPPER:
+            acc, slot, phase = _stages(
+                acc, slot, phase, SHIFT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+            )
             for _ in range(start, stop - 1):
-                acc, second, slot, phase = _stages(acc, second, slot, phase, UNIT, *shared, WHO, F, T, A, STAGES)
-            acc, second, slot, phase = _stages(acc, second, slot, phase, UNIT - SHIFT, *shared, WHO, F, T, A, STAGES)
+                acc, slot, phase = _stages(
+                    acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+                )
+            acc, slot, phase = _stages(
+                acc, slot, phase, UNIT - SHIFT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+            )
         else:
             for _ in range(start, stop):
-                acc, second, slot, phase = _stages(acc, second, slot, phase, UNIT, *shared, WHO, F, T, A, STAGES)
-        for j in gl.static_range(T):
-            _finish(
-                acc if j == 0 else second, WHO * T + j, tile, pm, pk * (128 * T) + 64 * (WHO * T + j), start, stop, p,
-                programs, streamed, units, dx, dx_s, workspace_ptr, counters_ptr, offs, F, T, MMA, R,
-            )  # fmt: skip
+                acc, slot, phase = _stages(
+                    acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
+                )
+        counter = counters_ptr + tile * 2 + UPPER
+        if start > 0:
+            # Somebody else's tile: leave the sums
+            gl.store(workspace_ptr + (p * 2 + UPPER) * (64 * BLOCK_M) + offs, by_registers(acc, R))
+            barrier()
+            gl.atomic_add(counter, 1, sem="release")
+        else:
+            if stop < units:
+                more = others(tile, p, programs, streamed, units)
+                gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
+                v = by_registers(acc, R)
+                for j in range(1, more + 1):
+                    v += gl.load(workspace_ptr + ((p + j) * 2 + UPPER) * (64 * BLOCK_M) + offs, cache_modifier=".cg")
+                acc = from_registers(v, BLOCK_M, mma)
+                barrier()
+                gl.store(counter, 0)
+            tma.store_wait(0)
+            barrier()
+            out.permute((1, 0)).store(acc.to(F.dtype))
+            fence_async_shared()
+            barrier()
+            tma.async_copy_shared_to_global(dx, [pm * BLOCK_M, step * 128 + 64 * UPPER], out)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["streamed", "blocks_m", "tiles_k", "units"])
+@gluon.jit(do_not_specialize=["streamed", "blocks_m", "steps", "units"])
 def transposed_kernel(
     dy, words, low_words, meta, dx, workspace_ptr, counters_ptr,
-    streamed, blocks_m, tiles_k, units,
-    F: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr,
-    GROUP_M: gl.constexpr, UNIT: gl.constexpr, R: gl.constexpr,
+    streamed, blocks_m, steps, units,
+    F: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr,
+    UNIT: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups that multiply, one warp that copies."""
     dy_s = gl.allocate_shared_memory(F.dtype, [STAGES, BLOCK_M, 16 * STAGE], ROWS_LAYOUT)
-    words_s = gl.allocate_shared_memory(gl.int32, [STAGES * T * F.boxes, STAGE, F.width], FLAT_LAYOUT)
-    low_s = gl.allocate_shared_memory(gl.int32, [STAGES * T, STAGE, 64], FLAT_LAYOUT) if F.bits == 3 else words_s
-    meta_s = gl.allocate_shared_memory(gl.int32, [STAGES * T * F.meta_boxes, F.meta_rows, 16 * STAGE], FLAT_LAYOUT)
-    dx_s = gl.allocate_shared_memory(F.dtype, [2 * T, BLOCK_M, 64], ROWS_LAYOUT)
+    words_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.boxes, STAGE, F.width], FLAT_LAYOUT)
+    low_s = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE, 64], FLAT_LAYOUT) if F.bits == 3 else words_s
+    meta_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.meta_boxes, F.meta_rows, 16 * STAGE], FLAT_LAYOUT)
+    dx_s = gl.allocate_shared_memory(F.dtype, [2, BLOCK_M, 64], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    BYTES: gl.constexpr = 16 * STAGE * (2 * BLOCK_M + T * (4 * F.subgroups + 16 * F.bits))
+    BYTES: gl.constexpr = 16 * STAGE * (2 * BLOCK_M + 4 * F.subgroups + 16 * F.bits)
     gl.warp_specialize(
         [
             (_multiplier, (0, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-                           streamed, blocks_m, tiles_k, units, F, T, GROUP_M, STAGES, UNIT, R)),
+                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, R)),
             (_multiplier, (1, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-                           streamed, blocks_m, tiles_k, units, F, T, GROUP_M, STAGES, UNIT, R)),
+                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, R)),
             (_copier, (dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty,
-                       streamed, blocks_m, tiles_k, units, F, T, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
+                       streamed, blocks_m, steps, units, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
         ],
         [4, 1],
         [232, 40],
@@ -243,14 +216,12 @@ def transposed_kernel(
 
 @functools.cache
 def constants(
-    bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, steps: int, stages: int, unit: int,
-    group_m: int,
-) -> dict:  # fmt: skip
+    bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, stages: int, unit: int, group_m: int
+) -> dict:
     """The constexpr arguments of the kernel."""
     return {
         "F": Form(bits, bf16, scales_bf16, max(1, 128 // group_columns)),
         "BLOCK_M": block_m,
-        "T": steps,
         "STAGES": stages,
         "GROUP_STEPS": max(1, group_columns // 128),
         "GROUP_M": group_m,
@@ -276,8 +247,8 @@ Multiply = Callable[..., None]
 
 @functools.cache
 def prepare_transposed(
-    device: int, dtype: torch.dtype, *, bits: int, scales_bf16: bool, group_columns: int, block_m: int, steps: int,
-    stages: int, unit: int, group_m: int,
+    device: int, dtype: torch.dtype, *, bits: int, scales_bf16: bool, group_columns: int, block_m: int, stages: int,
+    unit: int, group_m: int,
 ) -> Multiply:  # fmt: skip
     """Compile for these constants.
 
@@ -288,7 +259,6 @@ def prepare_transposed(
         scales_bf16: Whether scales are bfloat16, not float16.
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
         block_m: Rows of a tile of dx: 64, 128 or 256.
-        steps: Of 128 columns of a tile of dx: 1, or 2 of up to 128 rows.
         stages: Of four strips, in shared memory.
         unit: Of stages between two waits of a warpgroup for its products; programs that share a tile cut it there.
         group_m: Blocks of rows that go through the weight together.
@@ -296,11 +266,11 @@ def prepare_transposed(
     Returns:
         ``multiply(programs, streamed, stream, dy, words, meta, dx, workspace, counters)``: tensors dy (M, N), words
         (strips, steps, 64 * bits), meta (groups, 16 * strips) and dx (M, columns of the tiles that are wanted), rows of
-        each at multiples of 16 bytes; addresses of the workspace, 128 * steps * block_m float32 a program, and of
-        ``2 * steps`` zeroed int32 counters a streamed tile, which are left zeroed. Unless no tile is streamed, the
-        streamed ones have at least as many units of 64 * unit rows of W as there are programs.
+        each at multiples of 16 bytes; addresses of the workspace, 128 * block_m float32 a program, and of two zeroed
+        int32 counters a streamed tile, which are left zeroed. Unless no tile is streamed, the streamed ones have at
+        least as many units of 64 * unit rows of W as there are programs.
     """
-    names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, steps, stages, unit, group_m)
+    names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, unit, group_m)
     boxes = [box and described(*box) for box in descriptors(names["F"], dtype, block_m)]
     launch = prepare(transposed_kernel, device, (*boxes, torch.float32, torch.int32), 4, names, num_warps=4)
 
@@ -308,11 +278,10 @@ def prepare_transposed(
         programs: int, streamed: int, stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,
         workspace: int | None, counters: int | None,
     ) -> None:  # fmt: skip
-        (strips, all_steps, _), words_map = words.shape, Map.of(words.view(len(words), -1))
+        (strips, steps, _), words_map = words.shape, Map.of(words.view(len(words), -1))
         launch(
             programs, 1, stream, Map.of(dy), words_map, words_map if bits == 3 else None, Map.of(meta), Map.of(dx),
-            workspace, counters, streamed, -(-len(dy) // block_m), -(-all_steps // steps),
-            -(-strips // (STAGE.value * unit)),
+            workspace, counters, streamed, -(-len(dy) // block_m), steps, -(-strips // (STAGE.value * unit)),
         )  # fmt: skip
 
     return multiply

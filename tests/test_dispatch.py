@@ -78,7 +78,7 @@ def test_every_plan_can_be_launched(problem, batch_invariant):
             assert problem.half_scales
             assert problem.dtype != torch.float32
             assert plan.stages >= 2
-            rows = 64 * plan.groups * plan.blocks
+            rows = 64 * plan.groups
             meta = 4 * max(1, 128 // problem.group_columns)
             used = plan.stages * (256 * plan.block_m + rows * (16 * problem.bits + meta)) + 2 * rows * plan.block_m
             assert used <= SHARED_MEMORY["sm_90"]
@@ -102,10 +102,10 @@ def test_every_transposed_plan_can_be_launched(problem, M, aligned):
     assert aligned
     assert problem.arch == "sm_90"
     assert problem.takes_digits
-    stage = 64 * (2 * plan.block_m + plan.steps * (4 * max(1, 128 // problem.group_columns) + 16 * problem.bits))
-    assert plan.stages * (stage + 16) + 256 * plan.steps * plan.block_m + 512 <= SHARED_MEMORY["sm_90"]
+    stage = 64 * (2 * plan.block_m + 4 * max(1, 128 // problem.group_columns) + 16 * problem.bits)
+    assert plan.stages * (stage + 16) + 256 * plan.block_m + 512 <= SHARED_MEMORY["sm_90"]
     assert plan.stages >= 3
-    tiles, units = -(-M // plan.block_m) * -(-problem.steps // plan.steps), -(-problem.strips // (4 * plan.unit))
+    tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
     assert 1 <= plan.programs <= problem.multiprocessors
     assert 0 <= plan.streamed <= tiles
     assert plan.streamed == 0 or plan.streamed * units >= plan.programs  # a unit or more for each
@@ -128,7 +128,7 @@ def test_the_gradients_programs_share_its_tiles(schedule, problem, M):
     problem = replace(problem, M=M, arch="sm_90", half_scales=True, dtype=torch.float16)
     plan = choose_transposed(problem)
     assert isinstance(plan, TransposedPlan)
-    tiles, units = -(-M // plan.block_m) * -(-problem.steps // plan.steps), -(-problem.strips // (4 * plan.unit))
+    tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
     check_shares(schedule, plan.programs, plan.streamed, tiles, units)
 
 

@@ -18,7 +18,6 @@ from gptq_triton.dispatch import (
     WidePlan,
     candidates,
     choose_transposed,
-    transposed_plan,
     with_own_digits,
 )
 from gptq_triton.layout import ONE_GROUP
@@ -140,28 +139,27 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_pa
 
     names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
     problem = replace(LARGE, M=M, bits=bits, group_columns=group_columns, dtype=dtype)
-    plans = [choose_transposed(problem), *([transposed_plan(problem, 128, 2)] if dtype == torch.float16 else [])]
-    for plan in plans:
-        assert isinstance(plan, TransposedPlan)
-        constants = transposed.constants(
-            bits, dtype == torch.bfloat16, scales == torch.bfloat16, group_columns,
-            plan.block_m, plan.steps, plan.stages, plan.unit, plan.group_m,
-        )  # fmt: skip
-        boxes = transposed.descriptors(constants["F"], dtype, plan.block_m)
-        pointers = dict.fromkeys(("dy", "words", "low_words", "meta", "dx"))
-        for name, box in zip(pointers, boxes, strict=True):
-            pointers[name] = box and f"tensordesc<{names[box[0]]}{box[1]},{box[2]!r}>"
-        pointers |= {"workspace_ptr": "fp32", "counters_ptr": "i32"}
-        integers = ("streamed", "blocks_m", "tiles_k", "units")
-        binary = compiled(transposed.transposed_kernel, pointers, integers, constants, "sm_90", num_warps=4)
-        assert binary.metadata.shared <= SHARED_MEMORY["sm_90"]
-        report = ptxas_report(binary, tmp_path)
-        assert "0 bytes spill stores" in report, report
-        assert "C75" not in report, report  # wgmma serialized
-        ptx = binary.asm["ptx"]
-        # the A operand is in registers, a product of 16 rows of W each; movmatrix turned every one of them over
-        assert f"wgmma.mma_async.sync.aligned.m64n{plan.block_m}k16.f32" in ptx
-        assert ptx.count("movmatrix") == 4 * ptx.count("wgmma.mma_async")
+    plan = choose_transposed(problem)
+    assert isinstance(plan, TransposedPlan)
+    constants = transposed.constants(
+        bits, dtype == torch.bfloat16, scales == torch.bfloat16, group_columns,
+        plan.block_m, plan.stages, plan.unit, plan.group_m,
+    )  # fmt: skip
+    boxes = transposed.descriptors(constants["F"], dtype, plan.block_m)
+    pointers = dict.fromkeys(("dy", "words", "low_words", "meta", "dx"))
+    for name, box in zip(pointers, boxes, strict=True):
+        pointers[name] = box and f"tensordesc<{names[box[0]]}{box[1]},{box[2]!r}>"
+    pointers |= {"workspace_ptr": "fp32", "counters_ptr": "i32"}
+    integers = ("streamed", "blocks_m", "steps", "units")
+    binary = compiled(transposed.transposed_kernel, pointers, integers, constants, "sm_90", num_warps=4)
+    assert binary.metadata.shared <= SHARED_MEMORY["sm_90"]
+    report = ptxas_report(binary, tmp_path)
+    assert "0 bytes spill stores" in report, report
+    assert "C75" not in report, report  # wgmma serialized
+    ptx = binary.asm["ptx"]
+    # the A operand is in registers, a product of 16 rows of W each; movmatrix turned every one of them over
+    assert f"wgmma.mma_async.sync.aligned.m64n{plan.block_m}k16.f32" in ptx
+    assert ptx.count("movmatrix") == 4 * ptx.count("wgmma.mma_async")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
@@ -184,7 +182,7 @@ def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias
 
     bf16 = problem.dtype == torch.bfloat16
     tiles = large.Tiles(
-        problem.bits, bf16, scales_bf16, problem.group_columns, plan.block_m, plan.groups, plan.blocks, plan.stages,
+        problem.bits, bf16, scales_bf16, problem.group_columns, plan.block_m, plan.groups, plan.stages,
         plan.split > 1, bias, True,
     )  # fmt: skip
     half, rows, flat = "bf16" if bf16 else "fp16", large.ROWS_LAYOUT.value, large.FLAT_LAYOUT.value
@@ -217,9 +215,7 @@ def large_cases():
     ("problem", "scales_bf16"), [pytest.param(*case, id=str(i)) for i, case in enumerate(large_cases())]
 )
 def test_large_plans_compile_and_fit(problem, scales_bf16, tmp_path):
-    plans = {
-        (p.block_m, p.groups, p.blocks): p for p in candidates(problem) if isinstance(p, LargePlan) and p.split <= 2
-    }
+    plans = {(p.block_m, p.groups): p for p in candidates(problem) if isinstance(p, LargePlan) and p.split <= 2}
     assert plans
     for i, plan in enumerate(plans.values()):
         plan = replace(plan, split=1 + i % 2)
@@ -232,7 +228,7 @@ def test_large_plans_compile_and_fit(problem, scales_bf16, tmp_path):
         assert "C75" not in report, report  # wgmma serialized
         # a quarter of a step is two products; a group has code for one step, for two, and half for what sets it apart
         steps = 3 * plan.groups + plan.groups // 2
-        assert binary.asm["ptx"].count("wgmma.mma_async") == 8 * plan.blocks * steps
+        assert binary.asm["ptx"].count("wgmma.mma_async") == 8 * steps
         waits = re.findall(r"wgmma\.wait_group\S*\s+(\d)", binary.asm["ptx"])
-        assert len(waits) == plan.blocks * steps
-        assert waits.count("0") == 2 * plan.groups + plan.groups // 2  # the ends of these pieces of code
+        assert len(waits) == steps
+        assert waits.count("1") == plan.groups  # all others end a piece of code

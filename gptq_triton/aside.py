@@ -21,12 +21,14 @@ class Aside:
 
     Args:
         device: Where the work is done.
+        name: Of the stream: work of one name and thread is done in turn.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, name: str):
         self._stream, self._start = None, None
         if device.type == "cuda":
-            self._stream, self._start = _stream(device), torch.cuda.current_stream(device).record_event()
+            self._stream = _stream(device, name, threading.get_ident())
+            self._start = torch.cuda.current_stream(device).record_event()
 
     def run(self, call: Callable[[], T]) -> T:
         """What a call returns, to be read after `join`; until then it must not be changed or given up what it uses."""
@@ -43,7 +45,8 @@ class Aside:
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: torch.device, name: str, thread: int) -> torch.cuda.Stream:
+    """One for each thread: what it frees is not taken by work that knows nothing of the thread's current stream."""
     return torch.cuda.Stream(device)
 
 

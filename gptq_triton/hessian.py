@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .aside import Aside
 from .halves import Matrix, has_tensor_cores, inner, splittable
 
 STRIPS = 4  # of a symmetric product, whose lower triangle is not computed
@@ -147,25 +148,42 @@ def _reordered(matrix: Tensor, index: Tensor, dtype: torch.dtype, divisor: Tenso
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """As torch.linalg.cholesky_ex, of a float32 matrix that its factor overwrites, with anything above the diagonal.
 
-    Corners of the diagonal are factored and inverted in float64; the rest is products of halves.
+    Corners of the diagonal are factored and inverted in float64, the next one beside what this one takes off the rest;
+    all else is products of halves.
     """
-    failed = torch.zeros((), dtype=torch.int32, device=matrix.device)
-    for start in range(0, len(matrix), PANEL):
-        stop = min(start + PANEL, len(matrix))
-        corner, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].double())
+    K, failed = len(matrix), torch.zeros((), dtype=torch.int32, device=matrix.device)
+
+    def corner(start: int) -> tuple[Tensor, Tensor, Matrix | None]:
+        """Its factor, whether there is none, and the transposed inverse, unless nothing lies below."""
+        stop = min(start + PANEL, K)
+        lower, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].double())
+        return lower, info, splittable(_inverse(lower).t().float()) if stop < K else None
+
+    lower, info, inverse = corner(0)
+    for start in range(0, K, PANEL):
+        stop = start + len(lower)
         failed |= info
-        matrix[start:stop, start:stop] = corner
-        if stop == len(matrix):
+        matrix[start:stop, start:stop] = lower
+        if inverse is None:
             break
         below = matrix[stop:, start:stop]
-        # X corner^T = below, as X^T = corner^-1 below^T
-        solved = inner(splittable(_inverse(corner).t().float()), splittable(below.t()))
+        # X lower^T = below, as X^T = lower^-1 below^T
+        solved = inner(inverse, splittable(below.t()))
         below.copy_(solved.t())
         rows = splittable(solved)
-        for first in range(stop, len(matrix), PANEL):
-            last = min(first + PANEL, len(matrix))
-            matrix[first:last, stop:last] -= inner(rows[:, first - stop : last - stop], rows[:, : last - stop])
+        _take_off(matrix, stop, rows, stop)
+        ahead = Aside(matrix.device, "corners")
+        lower, info, inverse = ahead.run(functools.partial(corner, stop))
+        for first in range(stop + PANEL, K, PANEL):
+            _take_off(matrix, stop, rows, first)
+        ahead.join()
     return matrix, failed
+
+
+def _take_off(matrix: Tensor, start: int, rows: Matrix, first: int) -> None:
+    """What columns before ``start``, rows (columns, K - start), take off PANEL rows of what is left."""
+    last = min(first + PANEL, len(matrix))
+    matrix[first:last, start:last] -= inner(rows[:, first - start : last - start], rows[:, : last - start])
 
 
 def _inverse(lower: Tensor) -> Tensor:

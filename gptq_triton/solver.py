@@ -147,7 +147,7 @@ def solve(
         logger.warning("%s: saw %d tokens, needs %d; rounded to nearest", names, hessian.tokens, needed)
         method = "rtn"
     order, g_idx = _order(H.diagonal(), spec, options)
-    cuts, grid, aside = cut(g_idx[order], options), replace(nearest, g_idx=g_idx), Aside(H.device)
+    cuts, grid, aside = cut(g_idx[order], options), replace(nearest, g_idx=g_idx), Aside(H.device, "energies")
     attempted = attempt(H, order, damp) if method == "gptq" else None
     size, error_rtn = aside.run(before)  # a GPU has little to do while it factors a matrix
     if attempted is not None:
@@ -179,7 +179,7 @@ def solve(
                 found = _refined(target, H, order, factor, damp, found, spec, options)
     aside.join()
     chosen = nearest if found is None else found
-    dequantized, aside = chosen.dequantize(), Aside(H.device)
+    dequantized, aside = chosen.dequantize(), Aside(H.device, "energies")
     error = error_rtn if found is None else aside.run(lambda: energies(target - dequantized))
     packed, start = {}, 0
     for name, weight in weights.items():

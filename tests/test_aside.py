@@ -54,7 +54,7 @@ def test_errors_reach_the_caller(at_once):
 
 
 def test_a_cpu_does_it_at_once():
-    aside, seen = Aside(CPU), []
+    aside, seen = Aside(CPU, "test"), []
     assert aside.run(lambda: seen.append(1) or 7) == 7
     assert seen == [1]
     aside.join()

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptq_triton import bounds, dispatch, layout, ops, product, reference, tables
+from gptq_triton import hessian as hessian_module
 from gptq_triton.hessian import Hessian
 from gptq_triton.layout import tile_weight
 from gptq_triton.linear import QuantLinear
@@ -560,3 +561,22 @@ def test_the_fused_solver_is_the_eager_solver(bits, desc_act, group_size, change
         return
     assert torch.equal(eager.dequantized, fused.dequantized)
     assert fused.error == eager.error
+
+
+@pytest.mark.parametrize("K", [520, 1000])
+def test_a_factor_found_by_panels(K, monkeypatch):
+    """Corners are factored on a stream of their own: many, so that a race would show."""
+    mix = random_rows(K, K, torch.float32, device=DEVICE) * random_rows(1, K, torch.float32, seed=1, device=DEVICE)
+    hessian = Hessian(K, DEVICE)
+    hessian.add(random_rows(4 * K, K, torch.float32, seed=2, device=DEVICE) @ mix)
+    order = torch.randperm(K, device=DEVICE)
+    exact, _ = hessian_module.attempt(hessian.sum, order, 0.01)
+    monkeypatch.setattr(hessian_module, "PANEL", 64)
+    factors = [hessian_module.attempt(hessian.sum, order, 0.01) for _ in range(20)]
+    for factor, failed in factors:
+        assert not bool(failed)
+        assert torch.equal(factor.unit, factors[0][0].unit)
+        assert torch.equal(factor.unit, factor.unit.triu())
+    unit, cost = factors[0][0].unit, factors[0][0].cost
+    assert (unit - exact.unit).norm() <= 1e-4 * exact.unit.norm()
+    torch.testing.assert_close(cost, exact.cost, rtol=1e-4, atol=0)

@@ -91,7 +91,7 @@ def test_experts_solved_at_once_are_those_solved_one_after_another(monkeypatch):
     for at_once in (1, 4):
         model = test_experts.tiny(test_experts.FAMILIES["qwen3_moe"]).to("cuda")
         monkeypatch.setattr(model_module, "_at_once", lambda device, at_once=at_once: at_once)
-        quantize_model(model, batches(8), QuantizeConfig(4, 32), progress=False)
+        quantize_model(model, test_experts.batches(), QuantizeConfig(4, 32), progress=False)
         found.append(model.state_dict())
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])

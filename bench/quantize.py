@@ -39,7 +39,11 @@ from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import QuantSpec
 
 PARTS = ("hessian", "solver", "experts", "model")
-SWITCHES: dict[str, dict[str, Any]] = {"default": {}, "none": {"clip": False, "refine": 0}}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "none": {"clip": False, "refine": 0},
+    "feedback 1, true_sequential": {"feedback": 1.0, "true_sequential": True},
+}
 CONFIG = QuantizeConfig(bits=4, group_size=128, sym=False)
 IDENTITY = ("part", "N", "K", "layers", "act_order", "switches", "ranks", "at_once")
 SHAPES = ((4096, 4096), (4096, 14336))  # N, K

@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mse", action="store_true", help="clip where that lowers the weight's own error instead")
     sub.add_argument(
         "--feedback", type=float, default=0.0, metavar="SHARE",
-        help="make up for that share, 0 to 1, of the error of the layers before (default 0)",
+        help="make up for that share, 0 to 1, of the error of the layers before; with --true-sequential (default 0)",
     )  # fmt: skip
     sub.add_argument(
         "--refine",

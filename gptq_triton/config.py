@@ -62,7 +62,8 @@ class QuantizeConfig:
         clip: The same, with errors weighed by what they cost the layer's output; excludes ``mse``, and is the default
             without it.
         feedback: How much of the error of the layers before a layer makes up for, from 0 to 1: it is fitted to
-            what the full-precision model computes from its own inputs. Costs a second stream of hidden states.
+            what the full-precision model computes from its own inputs. Costs a second stream of hidden states, and
+            wants ``true_sequential``: else layers of a block each make up for the same error.
         refine: Rounds that choose scales, zero points and codes again under the Hessian; each costs about three times
             the solving. ``bench/results/h200/switches.json`` has what these switches are worth.
         lm_head: Quantize the output head too.

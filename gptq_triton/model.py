@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ from .streaming import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+
+logger = logging.getLogger(__name__)
 
 SMALL = 1 << 23  # elements of layers that are solved at once
 
@@ -169,6 +172,8 @@ def quantize_model(
             reports += _quantize_embedding(model, config, device)
         hidden, calls = capture(model, list(blocks.values()), batches, device)
         feedback = method == "gptq" and any(target.config.feedback for target in plan.values())
+        if feedback and not config.true_sequential:
+            logger.warning("feedback without true_sequential makes up for one error several times: models become worse")
         ideal = hidden if feedback else []  # hidden states of the full-precision model
         masks = [batch["attention_mask"].bool().to(device) if "attention_mask" in batch else None for batch in batches]
         silent = not progress or ranks.rank > 0

@@ -235,10 +235,19 @@ class FullPrecision:
         self._run = runner(block, hidden, calls, device)
         self._outputs: dict[int, Tensor] = {}
 
-    def inputs(self, batch: int) -> dict[str, Tensor]:
-        """What each layer is given, by its full name."""
+    def inputs(self, batch: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """What some layers are given, by their full names."""
         found: dict[str, Tensor] = {}
-        with _watching(self._layers, found.__setitem__):
+        layers = {name: self._layers[name] for name in names if name in self._layers}
+        if not layers and batch in self._outputs:
+            return found
+
+        def see(name: str, x: Tensor) -> None:
+            found[name] = x
+            if batch in self._outputs and len(found) == len(layers):
+                raise _Stop
+
+        with _watching(layers, see), suppress(_Stop):
             self._outputs[batch] = self._run(batch)
         return found
 
@@ -278,7 +287,7 @@ class Observer:
         """
         self._hessians = {}
         for batch in batches:
-            wanted = {} if full is None else full.inputs(batch)
+            wanted = {} if full is None else full.inputs(batch, self.layers)
             seen: list[str] = []
 
             def see(

@@ -116,6 +116,14 @@ def test_blocks_see_the_error_of_the_blocks_before_them():
     assert same.float().mean() > 0.99  # QuantLinear and the dequantized layer round differently in float32
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_feedback_wants_sequence(sequential, caplog):
+    config = dataclasses.replace(CONFIG, feedback=1.0, true_sequential=sequential)
+    with caplog.at_level(logging.WARNING):
+        quantize_model(tiny("llama"), batches(), config, progress=False)
+    assert ("feedback without true_sequential" in caplog.text) != sequential
+
+
 def test_feedback_fits_blocks_to_what_full_precision_gives_them():
     """The second block, solved by hand on the inputs of both models."""
     full, data = tiny("llama"), batches()

@@ -41,6 +41,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "act-order": {"clip": False, "refine": 0, "feedback": 0.0, "desc_act": True},
     "clip, refine 2, feedback 1": BEST | {"refine": 2},
     "clip, refine 1, feedback 1, true_sequential": BEST | {"true_sequential": True},
+    "clip, refine 1, true_sequential": BEST | {"feedback": 0.0, "true_sequential": True},
     "clip, refine 3, feedback 1, true_sequential": BEST | {"refine": 3, "true_sequential": True},
     "act-order, clip, refine 1, feedback 0.5": BEST | {"feedback": 0.5, "desc_act": True},
     "clip, refine 1, feedback 1, damp 0.05": BEST | {"damp_percent": 0.05},

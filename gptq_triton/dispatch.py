@@ -138,14 +138,12 @@ class LargePlan:
 
     def shares(self, problem: Problem) -> tuple[int, int]:
         """Programs, and the tiles of y that they share evenly; others are of one program."""
-        tiles, most = self.tiles(problem), problem.multiprocessors
-        if tiles < most:
-            whole = most // tiles * tiles  # programs that share every tile in equal parts
-            most = whole if whole > 0.9 * most else most
-            programs = min(most, tiles * self.split)
-            return programs, tiles if programs > tiles else 0
-        left = tiles % most if self.split > 1 else 0
-        return most, left if left == 0 or 2 * left >= most else left + most
+        tiles = self.tiles(problem)
+        if self.split == 1:
+            return min(problem.multiprocessors, tiles), 0
+        programs, streamed = _shared_evenly(tiles, problem.multiprocessors)
+        programs = min(programs, tiles * self.split)
+        return programs, streamed if programs != tiles else 0
 
 
 @dataclass(frozen=True)
@@ -376,18 +374,24 @@ def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
     unit = 4 if problem.bits == 3 else 8  # eight stages of 3 bits take more registers than there are
     tiles, units = _cut(problem, block_m, unit)
     programs = min(problem.multiprocessors, tiles * units)
-    left = tiles % programs
-    streamed = left if left == 0 or tiles < programs or 2 * left >= programs else left + programs
-    if tiles < programs and programs // tiles * tiles > 0.9 * programs:  # cut every tile in equal parts
-        programs = programs // tiles * tiles
+    programs, streamed = _shared_evenly(tiles, programs)
     # too little to share, or nothing; or two to four rounds with the last nearly full, which measured faster alone
     if (
         streamed * units < programs
         or streamed == programs
-        or (programs < tiles < 4 * programs and left > 0.85 * programs)
+        or (programs < tiles < 4 * programs and tiles % programs > 0.85 * programs)
     ):
         programs, streamed = min(programs, tiles), 0
     return TransposedPlan(block_m, stages, unit, 8, programs, streamed)
+
+
+def _shared_evenly(tiles: int, most: int) -> tuple[int, int]:
+    """Programs, of so many at most, and the tiles that they share so that all have as much to do."""
+    if tiles < most:
+        whole = most // tiles * tiles  # every tile in equal parts
+        return whole if whole > 0.9 * most else most, tiles
+    left = tiles % most
+    return most, left if left == 0 or 2 * left >= most else left + most
 
 
 def _cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:

@@ -124,16 +124,16 @@ def attempt(H: Tensor, order: Tensor, damp: float, dtype: torch.dtype = torch.fl
     Arguments are those of `factorize`.
     """
     by_panels = has_tensor_cores(H) and len(H) > 2 * PANEL
-    damped = _reordered(H, order.flip(0), H.dtype if by_panels else dtype)
+    damped = reordered(H, order.flip(0), H.dtype if by_panels else dtype)
     damped.diagonal().add_(damp * H.diagonal().double().mean())
     lower, failed = _cholesky(damped) if by_panels else torch.linalg.cholesky_ex(damped)
     diagonal, backwards = lower.diagonal().clone(), torch.arange(len(H) - 1, -1, -1, device=H.device)
-    unit = _reordered(lower, backwards, torch.float32, diagonal)
+    unit = reordered(lower, backwards, torch.float32, diagonal)
     return Factor(unit, diagonal.flip(0).square().float()), failed
 
 
-def _reordered(matrix: Tensor, index: Tensor, dtype: torch.dtype, divisor: Tensor | None = None) -> Tensor:
-    """``matrix[index][:, index]``; with a divisor of each column, its upper triangle, which what lies below leaves."""
+def reordered(matrix: Tensor, index: Tensor, dtype: torch.dtype, divisor: Tensor | None = None) -> Tensor:
+    """``matrix[index][:, index]``; with a divisor of each column, the upper triangle of the quotient alone."""
     if matrix.is_cuda:
         from .kernels.passes import reorder
 

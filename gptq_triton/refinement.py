@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .halves import LOW, Halves, empty_like, inner, splittable
-from .hessian import Factor
+from .hessian import Factor, reordered
 from .packing import storable
 from .quantizer import group_params
 from .spec import QuantSpec
@@ -77,7 +77,7 @@ class Descent:
     """
 
     def __init__(self, H: Tensor, order: Tensor):
-        H, self.order = H[order][:, order], order
+        H, self.order = reordered(H, order, H.dtype), order
         diagonal = H.diagonal().clone()
         H.div_(diagonal)
         self.later = splittable(H.tril(-1).float())
@@ -172,7 +172,7 @@ class Metric:
 
     def of_rows(self, index: Tensor) -> Metric:
         """The same with inputs in another order."""
-        return Metric(self.H[index][:, index])
+        return Metric(reordered(self.H, index, self.H.dtype))
 
 
 def losses(columns: Tensor, metric: Metric, rounded: Rounded) -> Tensor:

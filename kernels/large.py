@@ -39,12 +39,9 @@ from .unpack_ptx import scale_ptx, weights_ptx
 from .warpgroups import (
     FLAT_LAYOUT,
     ROWS_LAYOUT,
-    WAIT_UNTIL,
-    by_registers,
     described,
-    from_registers,
+    meet,
     offsets,
-    others,
     piece,
     pieces,
     place,
@@ -337,22 +334,11 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
 
         # Epilogue: partial sums in a fixed order
         if C.shares:
-            PARTIAL: gl.constexpr = 16 * STRIPS * C.block_m
-            counter = counters_ptr + tile * C.groups + group
-            sums_ptrs = workspace_ptr + (p * C.groups + group) * PARTIAL + offsets(C.block_m, C.sums_layout)
-            if start > 0:  # somebody else's tile
-                gl.store(sums_ptrs, by_registers(acc, C.sums_layout))
-                barrier()
-                gl.atomic_add(counter, 1, sem="release")
-            elif stop < steps:
-                more = others(tile, p, programs, streamed, steps)
-                gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
-                sums = by_registers(acc, C.sums_layout)
-                for j in range(1, more + 1):
-                    sums += gl.load(sums_ptrs + j * (C.groups * PARTIAL), cache_modifier=".cg")
-                acc = from_registers(sums, C.block_m, mma)
-                barrier()
-                gl.store(counter, 0)
+            offs = offsets(C.block_m, C.sums_layout)
+            acc = meet(
+                acc, group, tile, p, start, stop, programs, streamed, steps, workspace_ptr, counters_ptr, offs,
+                C.groups, mma, C.sums_layout,
+            )  # fmt: skip
 
         # Store
         if start == 0:

@@ -39,12 +39,9 @@ from .turned import STAGE, Form, operand
 from .warpgroups import (
     FLAT_LAYOUT,
     ROWS_LAYOUT,
-    WAIT_UNTIL,
-    by_registers,
     described,
-    from_registers,
+    meet,
     offsets,
-    others,
     piece,
     pieces,
     place,
@@ -155,22 +152,10 @@ def _multiplier(
                 acc, slot, phase = _stages(
                     acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
                 )
-        counter = counters_ptr + tile * 2 + UPPER
-        if start > 0:
-            # Somebody else's tile: leave the sums
-            gl.store(workspace_ptr + (p * 2 + UPPER) * (64 * BLOCK_M) + offs, by_registers(acc, R))
-            barrier()
-            gl.atomic_add(counter, 1, sem="release")
-        else:
-            if stop < units:
-                more = others(tile, p, programs, streamed, units)
-                gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
-                v = by_registers(acc, R)
-                for j in range(1, more + 1):
-                    v += gl.load(workspace_ptr + ((p + j) * 2 + UPPER) * (64 * BLOCK_M) + offs, cache_modifier=".cg")
-                acc = from_registers(v, BLOCK_M, mma)
-                barrier()
-                gl.store(counter, 0)
+        acc = meet(
+            acc, UPPER, tile, p, start, stop, programs, streamed, units, workspace_ptr, counters_ptr, offs, 2, mma, R
+        )
+        if start == 0:
             tma.store_wait(0)
             barrier()
             out.permute((1, 0)).store(acc.to(F.dtype))

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import MockTensor
 
-from .common import bits_of, linear
+from .common import barrier, bits_of, linear
 
 ROWS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # of operands and results, 64 columns of halves
 FLAT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))  # of words
@@ -104,3 +104,31 @@ def others(tile, p, programs, streamed, units):
         count += 1
         _, reached = share(p + count, programs, streamed, units)
     return count
+
+
+@gluon.jit
+def meet(
+    acc, part, tile, p, start, stop, programs, streamed, units, workspace_ptr, counters_ptr, offs,
+    PARTS: gl.constexpr, MMA: gl.constexpr, R: gl.constexpr,
+):  # fmt: skip
+    """Sums of a tile of several programs: one that goes on with it leaves them, the one that begins it has them all.
+
+    A program's sums have so many parts, each of a warpgroup.
+    """
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    counter = counters_ptr + tile * PARTS + part
+    if start > 0:  # somebody else's tile
+        gl.store(workspace_ptr + (p * PARTS + part) * (64 * BLOCK_M) + offs, by_registers(acc, R))
+        barrier()
+        gl.atomic_add(counter, 1, sem="release")
+    elif stop < units:
+        more = others(tile, p, programs, streamed, units)
+        gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
+        v = by_registers(acc, R)
+        for j in range(1, more + 1):
+            sums_ptrs = workspace_ptr + ((p + j) * PARTS + part) * (64 * BLOCK_M) + offs
+            v += gl.load(sums_ptrs, cache_modifier=".cg")
+        acc = from_registers(v, BLOCK_M, MMA)
+        barrier()
+        gl.store(counter, 0)
+    return acc

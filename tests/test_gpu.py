@@ -262,13 +262,12 @@ def test_gradients(dtype, act_order):
 def test_programs_share_the_tiles_of_gradients(bits, dtype, scales, group_size, act_order, monkeypatch):
     weight = random_weight(1032, 1104, bits, group_size, act_order=act_order, scale_dtype=scales, device=DEVICE)
     tiled = tile_weight(weight)
-    units = -(-tiled.strips // 16)
     for M in (64, 300, 1000):
         dy = random_rows(M, 1104, dtype, device=DEVICE)
         problem = product.problem_of(M, dtype, 0, tiled)
         for rows in dispatch._TRANSPOSED_CYCLES:
             plan = dispatch.transposed_plan(problem, rows)
-            tiles = -(-M // rows) * tiled.steps
+            tiles, units = -(-M // rows) * tiled.steps, -(-tiled.strips // (4 * plan.unit))
             # as dispatch has it; nothing shared; everything shared, by few and by as many as can be
             shares = [(7, 0), (7, tiles), (min(132, tiles * units), tiles)]
             for programs, streamed in [(plan.programs, plan.streamed), *shares]:

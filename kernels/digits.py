@@ -15,51 +15,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import Launch, prepare
 
-STEPS, WARPS = 8, 2  # of a program: a lane has 16 columns
-
-
-@triton.jit
-def _multiplier_and_unit(largest):
-    """Of the largest absolute value's bits: what numbers are multiplied by to fill 15 bits, and the inverse."""
-    # 32639 = 127 * 256 + 127 is the largest number of two signed digits
-    exponent = ((largest.to(tl.float32, bitcast=True) * (32768 / 32639)).to(tl.int32, bitcast=True) >> 23) - 127
-    exponent = tl.maximum(exponent, -110)
-    unit = tl.where(largest < 0x7F800000, ((113 + exponent) << 23).to(tl.float32, bitcast=True), float("nan"))
-    return ((141 - exponent) << 23).to(tl.float32, bitcast=True), unit
-
-
-@triton.jit
-def _magnitude(x):
-    """Bits that have the order of the absolute values of floats, NaN and infinity above all."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _rounded(x):
-    """To nearest, by the addition's rounding."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+STEPS = 2  # of a program
 
 
 @triton.jit
 def split_digits(x):
     """float32 (R, 128) to int32 (R, 128) of at most 15 bits and a sign, and their units, float32 (R,)."""
-    multiplier, unit = _multiplier_and_unit(tl.max(_magnitude(x), 1))
-    return _rounded(x * multiplier[:, None]), unit
-
-
-@triton.jit
-def _load(x_ptr, order_ptr, offs, mask, K):
-    if order_ptr is not None:
-        offs = tl.load(order_ptr + offs, mask=mask, other=-1)
-    return tl.load(x_ptr + offs, mask=(offs >= 0) & (offs < K) & mask, other=0).to(tl.float32)
-
-
-@triton.jit
-def _words(q0, q1, BLOCK: tl.constexpr):
-    """(BLOCK, 8, 8) of columns 16 c + 2 t + i0, and 8 beyond, to words (BLOCK, 8, t): byte 2 i0 + i1."""
-    halves = (q0 & 255) | ((q1 & 255) << 8)
-    even, odd = tl.split(tl.reshape(halves, (BLOCK, 8, 4, 2)))
-    return even | (odd << 16)
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # the order of floats, NaN and infinity above all
+    # 32639 = 127 * 256 + 127 is the largest number of two signed digits
+    exponent = ((largest.to(tl.float32, bitcast=True) * (32768 / 32639)).to(tl.int32, bitcast=True) >> 23) - 127
+    exponent = tl.maximum(exponent, -110)
+    scaled = x * ((141 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    integers = (scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # to nearest, by the addition's rounding
+    unit = tl.where(largest < 0x7F800000, ((113 + exponent) << 23).to(tl.float32, bitcast=True), float("nan"))
+    return integers, unit
 
 
 @triton.jit(do_not_specialize=["M", "K", "steps", "stride_xm"], do_not_specialize_on_alignment=["x_ptr"])
@@ -87,35 +56,35 @@ def digits_kernel(
     step = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = step < steps
 
-    # The columns of these steps: c counts 16 of them, of which a lane has all
-    c = tl.arange(0, 8)[None, :, None]
-    offs = step[:, None, None] * 128 + c * 16 + tl.arange(0, 8)[None, None, :]
-    x_ptr += m.to(tl.int64) * stride_xm
+    # The columns of these steps
+    offs = step[:, None] * 128 + tl.arange(0, 128)[None, :]
+    if order_ptr is not None:
+        offs = tl.load(order_ptr + offs, mask=mask[:, None], other=-1)
     if ALIGNED:
         x_ptr = tl.multiple_of(x_ptr, 16)
-        K = K // 8 * 8  # the same, and Triton knows what divides it
+        stride_xm = tl.multiple_of(stride_xm, 8)
     if PDL:
         gdc_wait()
-    x0 = _load(x_ptr, order_ptr, offs, mask[:, None, None], K)
-    x1 = _load(x_ptr, order_ptr, offs + 8, mask[:, None, None], K)
-    largest = tl.max(tl.max(tl.maximum(_magnitude(x0), _magnitude(x1)), 2), 1)
-    multiplier, unit = _multiplier_and_unit(largest)
-    q0 = _rounded(x0 * multiplier[:, None, None])
-    q1 = _rounded(x1 * multiplier[:, None, None])
+    x = tl.load(x_ptr + m.to(tl.int64) * stride_xm + offs, mask=(offs >= 0) & (offs < K) & mask[:, None], other=0)
+    integers, unit = split_digits(x.to(tl.float32))
 
-    # Digits, four to a word: column 16 c + 8 i1 + 2 t + i0, c = 2 s + hb, is byte 2 i0 + i1 of word c of lane 4 n + t
-    high_words = _words((q0 + 128) >> 8, (q1 + 128) >> 8, BLOCK)
-    low_words = _words(q0, q1, BLOCK)
-    sums = -tl.sum(tl.reshape(tl.sum(q0 + q1, 2), (BLOCK, SUBGROUPS, 8 // SUBGROUPS)), 2)
+    # Digits, four to a word: column 32 s + 16 hb + 8 i1 + 2 t + i0 is byte 2 i0 + i1 of word (s, hb) of lane 4 n + t
+    q = tl.reshape(integers, (BLOCK, 8, 2, 4, 2))
+    byte = 16 * tl.arange(0, 2)[None, None, None, None, :] + 8 * tl.arange(0, 2)[None, None, :, None, None]
+    high = (q + 128) >> 8
+    high_words = tl.sum(tl.sum((high & 255) << byte, 4), 2)  # (BLOCK, (s, hb), t)
+    low_words = tl.sum(tl.sum((q & 255) << byte, 4), 2)
 
     # Store
+    word = tl.arange(0, 8)[None, :, None]
     t = tl.arange(0, 4)[None, None, :]
     offs_u = tl.arange(0, SUBGROUPS)[None, :]
+    sums = -tl.sum(tl.reshape(integers, (BLOCK, SUBGROUPS, 128 // SUBGROUPS)), 2)
     units = unit.to(tl.int32, bitcast=True)
     if ROWS == 0:
         # for decode.py: tiles of four rows of x, which are eight columns n = 2 m + digit; [s // 2][lane][s % 2][hb]
         tile = step * TILES + m // 4
-        ptrs = digits_ptr + tile[:, None, None] * 256 + c // 4 * 128 + (8 * (m % 4) + t) * 4 + c % 4
+        ptrs = digits_ptr + tile[:, None, None] * 256 + word // 4 * 128 + (8 * (m % 4) + t) * 4 + word % 4
         tl.store(ptrs, high_words, mask=mask[:, None, None])
         tl.store(ptrs + 16, low_words, mask=mask[:, None, None])
         # unit and sums of row t for every lane 4 g + t
@@ -125,11 +94,11 @@ def digits_kernel(
         tl.store(ptrs, tl.broadcast_to(units[:, None, None], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
         tl.store(ptrs + 1, tl.broadcast_to(sums[:, None, :], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
     else:
-        # for wide.py: rows n = 2 m + digit of 128 bytes, 16-byte pieces c swizzled as in shared memory
+        # for wide.py: rows n = 2 m + digit of 128 bytes, 16-byte pieces (s, hb) swizzled as in shared memory
         n = 2 * m
         ptrs = digits_ptr + step[:, None, None] * (64 * ROWS) + t
-        tl.store(ptrs + n * 32 + (c ^ n % 8) * 4, high_words, mask=mask[:, None, None])
-        tl.store(ptrs + (n + 1) * 32 + (c ^ (n + 1) % 8) * 4, low_words, mask=mask[:, None, None])
+        tl.store(ptrs + n * 32 + (word ^ n % 8) * 4, high_words, mask=mask[:, None, None])
+        tl.store(ptrs + (n + 1) * 32 + (word ^ (n + 1) % 8) * 4, low_words, mask=mask[:, None, None])
         # units, then sums; a lane 4 g + t reads all rows 4 j + t at once
         place = m % 4 * (ROWS // 4) + m // 4
         firsts = sums_ptr + step * (2 * SUBGROUPS * ROWS) + place
@@ -146,7 +115,7 @@ def prepare_digits(
         device: Index of the GPU.
         dtype: Of x: float16 or bfloat16.
         ordered: Whether there is an order.
-        aligned: Rows of x start at multiples of 16 bytes, and K is a multiple of 8.
+        aligned: Rows of x start at multiples of 16 bytes.
         subgroups: 1, 2 or 4 to a step.
         tiles: For decode.py: tiles of four rows of x; else 0.
         rows: For wide.py: rows of x in a block; else 0.
@@ -166,4 +135,4 @@ def prepare_digits(
         "ALIGNED": aligned, "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "BLOCK": STEPS, "PDL": pdl
     }  # fmt: skip
     pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)
-    return prepare(digits_kernel, device, pointers, 4, constants, num_warps=WARPS, launch_pdl=pdl)
+    return prepare(digits_kernel, device, pointers, 4, constants, num_warps=1, launch_pdl=pdl)

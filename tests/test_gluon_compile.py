@@ -165,7 +165,7 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_pa
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("wide", [False, True])
 def test_digits_compile(arch, wide, tmp_path):
-    from gptq_triton.kernels.digits import STEPS, WARPS, digits_kernel
+    from gptq_triton.kernels.digits import STEPS, digits_kernel
 
     for dtype, order, aligned, subgroups in (("fp16", None, True, 1), ("bf16", "i32", False, 4)):
         constants = {
@@ -173,9 +173,8 @@ def test_digits_compile(arch, wide, tmp_path):
             "BLOCK": STEPS, "PDL": int(arch[3:]) >= 90,
         }  # fmt: skip
         pointers = {"x_ptr": dtype, "order_ptr": order, "digits_ptr": "i32", "sums_ptr": "i32"}
-        binary = compiled(digits_kernel, pointers, ("M", "K", "steps", "stride_xm"), constants, arch, num_warps=WARPS)
+        binary = compiled(digits_kernel, pointers, ("M", "K", "steps", "stride_xm"), constants, arch, num_warps=1)
         assert "0 bytes spill stores" in ptxas_report(binary, tmp_path)
-        assert not aligned or "ld.global.v4" in binary.asm["ptx"]
 
 
 def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias: bool):

@@ -1,0 +1,127 @@
+"""Every kernel of products under NVIDIA's compute-sanitizer, small ones: ``bench/results/<gpu>/sanitizer.json``.
+
+    python bench/sanitize.py                        # memcheck and racecheck, every width
+    python bench/sanitize.py --tools memcheck --bits 4
+
+Exact data, so each plan has one right answer, which is checked too. A width is a process of its own; it runs once
+without the tool, which compiles. A racecheck warning is not an error; both are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ledger import Ledger
+from record import folder, provenance
+
+TOOLS = ("memcheck", "racecheck")
+ROWS = (1, 3, 16, 40, 300)  # of x, and of dy
+K, N = 640, 272
+SECONDS = 150  # for one width and tool
+METHOD = (
+    "compute-sanitizer over every kind of plan, where it can with two programs that meet, for "
+    f"{', '.join(map(str, ROWS))} rows, forward and gradient, N = {N}, K = {K}, fp16, groups of 128, exact data"
+)
+
+
+def products(bits: int) -> int:
+    """Run every kind of plan, and count them.
+
+    Raises:
+        ArithmeticError: A result is not the exact one.
+    """
+    from gptq_triton import dispatch, ops, product
+    from gptq_triton.bounds import oracle
+    from gptq_triton.layout import tile_weight
+    from gptq_triton.samples import random_weight
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.strategies import exact_rows
+
+    weight = random_weight(K, N, bits, 128, exact=True)
+    tiled = tile_weight(random_weight(K, N, bits, 128, exact=True, device="cuda"))
+    operands, count = product.Operands.of(tiled, None, True), 0
+    for M in ROWS:
+        x, dy = (exact_rows(M, width, torch.float16) for width in (K, N))
+        expected, problem = oracle(x, weight).half(), product.problem_of(M, torch.float16, 0, tiled)
+        plans: dict[Any, Any] = {"floats": dispatch._dequantize(problem)}
+        for plan in dispatch.candidates(problem):
+            kind = type(plan), getattr(plan, "own_digits", False)
+            if kind not in plans or plan.split == 2:
+                plans[kind] = plan
+        for plan in plans.values():
+            y = torch.empty(M, N, dtype=torch.float16, device="cuda")
+            product.prepare_launch(problem, plan, operands, 0)(x.cuda(), K, None, tiled, y)
+            if not torch.equal(y.cpu(), expected):
+                raise ArithmeticError(f"{plan} of {problem} does not give the exact result")
+        if not torch.equal(ops.matmul_transposed(dy.cuda(), tiled).cpu(), oracle(dy, weight, transposed=True).half()):
+            raise ArithmeticError(f"the gradient of {problem} is not the exact one")
+        count += len(plans) + 1
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4, 8), default=(2, 3, 4, 8))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--here", action="store_true", help="run the products, in this process")
+    options = parser.parse_args()
+    if options.here:
+        print(f"{sum(map(products, options.bits))} products")
+        return
+    out = options.out or folder() / "sanitizer.json"
+    ledger = Ledger(out, provenance(METHOD), renew=True, identity=("tool", "bits"))
+    started(options.bits, [])  # compiles
+    for tool in options.tools:
+        for bits, output in started(options.bits, [_sanitizer(), "--tool", tool]).items():
+            ledger.add([outcome(tool, bits, output)])
+
+
+def started(widths: list[int], before: list[str]) -> dict[int, str]:
+    """What a process for each width prints, all at once."""
+    child = [*before, sys.executable, __file__, "--here", "--bits"]
+    running = {
+        bits: subprocess.Popen(
+            ["timeout", str(SECONDS), *child, str(bits)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for bits in widths
+    }  # fmt: skip
+    return {bits: process.communicate()[0] for bits, process in running.items()}
+
+
+def outcome(tool: str, bits: int, output: str) -> dict[str, Any]:
+    """The row of what the tool printed."""
+    row: dict[str, Any] = {"tool": tool, "bits": bits}
+    products, errors = re.search(r"^(\d+) products", output, re.M), re.search(r"ERROR SUMMARY: (\d+) error", output)
+    races = re.search(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)", output)
+    found = errors or races
+    if products is None or found is None:
+        row["error"] = output[-1500:]
+    else:
+        row["products"] = int(products[1])
+        row |= dict(zip(("errors", "warnings"), map(int, found.groups()), strict=False))
+        if row["errors"] or row.get("warnings"):
+            row["first"] = "\n".join(line for line in output.splitlines() if line.startswith("========="))[:1500]
+    print(row, flush=True)
+    return row
+
+
+def _sanitizer() -> str:
+    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(found).exists():
+        raise FileNotFoundError("compute-sanitizer must be on the PATH or in /usr/local/cuda/bin")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -52,6 +52,11 @@ class Problem:
         return self.capability == 90 and self.large and self.takes_digits
 
     @property
+    def subgroups(self) -> int:
+        """Scales of a row in a step."""
+        return max(1, 128 // self.group_columns)
+
+    @property
     def capability(self) -> int:
         """NVIDIA's compute capability times ten; 0 for others."""
         return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
@@ -192,7 +197,8 @@ def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
     if batch_invariant:
         # the plan for most rows, whose tiles of x may be fewer
         most = replace(problem, M=ROWS_OF_DECODE)
-        plan = min(candidates(most), key=lambda plan: microseconds(most, plan))
+        plans = _decode(most) if most.takes_digits else _matmul(most)
+        plan = min(plans, key=lambda plan: microseconds(most, plan))
         return replace(plan, tiles=1) if isinstance(plan, DecodePlan) and problem.M <= 4 else plan
     return min(candidates(problem), key=lambda plan: microseconds(problem, plan))
 
@@ -225,13 +231,15 @@ def _dequantize(problem: Problem) -> DequantizePlan:
 
 def candidates(problem: Problem) -> Iterator[FusedPlan]:
     """Every plan worth timing."""
-    if problem.takes_digits and problem.M <= ROWS_OF_DIGITS:
+    many = problem.subgroups > 1  # digits have sums for each of them, floats only more scales
+    most = ROWS_OF_DECODE if many else ROWS_OF_DIGITS
+    if problem.takes_digits and problem.M <= most:
         yield from _decode(problem)
         if problem.M > ROWS_OF_DECODE and problem.capability == 90:
             yield from _wide(problem)
-    if problem.takes_large and problem.M > ROWS_OF_DIGITS:
+    if problem.takes_large and problem.M > most:
         yield from _large(problem)
-    if problem.M <= ROWS_OF_MATMUL and (not problem.takes_digits or problem.M > ROWS_OF_DECODE):
+    if problem.M <= ROWS_OF_MATMUL and (not problem.takes_digits or problem.M > (4 if many else ROWS_OF_DECODE)):
         yield from _matmul(problem)
 
 
@@ -297,7 +305,7 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
 
 def _step_bytes(problem: Problem) -> int:
     """Of digits and sums, for four rows of x."""
-    return 1024 + 256 * max(1, 128 // problem.group_columns)
+    return 1024 + 256 * problem.subgroups
 
 
 def _room(problem: Problem, partial_sums: int) -> int:
@@ -348,12 +356,11 @@ _SHARED_X = 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
-    subgroups = max(1, 128 // problem.group_columns)
     for block_m, groups in _LARGE_STEP:
         if block_m < min(problem.M, 256) / 2 or block_m // 2 >= problem.M:
             continue  # tiles that take turns, or are mostly empty
         rows = 64 * groups
-        step = 256 * block_m + rows * (16 * problem.bits + 4 * subgroups)
+        step = 256 * block_m + rows * (16 * problem.bits + 4 * problem.subgroups)
         stages = min(8, (_SHARED_MEMORY[90] * 1024 - 2048 - 2 * rows * block_m) // step)
         if stages < 2:
             continue
@@ -369,7 +376,7 @@ _TRANSPOSED_CYCLES = {64: 5400, 128: 6300, 256: 9000}
 
 def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
     """The plan for ``dy @ W.T`` with tiles of so many rows."""
-    stage = 64 * (2 * block_m + 4 * max(1, 128 // problem.group_columns) + 16 * problem.bits)  # bytes
+    stage = 64 * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
     stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * block_m - 1024) // stage)
     unit = 4 if problem.bits == 3 else 8  # eight stages of 3 bits take more registers than there are
     tiles, units = _cut(problem, block_m, unit)
@@ -415,16 +422,18 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     """
     if isinstance(plan, LargePlan):
         return _large_microseconds(problem, plan)
-    blocks_m, filling, digits = 1, 0.4, 0.0
+    blocks_m, filling, more = 1, 0.4, problem.subgroups - 1
+    digits = 0.8 + 0.0005 * problem.M * problem.steps  # by a launch before
     if isinstance(plan, DecodePlan):
-        resident, cycles = max(1, 16 // (plan.warps_n * plan.warps_k)), 70 + 30 * plan.tiles
-        filling = 0.1 if plan.persistent else 0.4
-        digits = _own_digits(problem, plan)
+        resident = max(1, 16 // (plan.warps_n * plan.warps_k))
+        cycles = 60 + 65 * plan.tiles + more * (45 + 14 * plan.tiles)
+        filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent else 0.4
+        digits += _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):
         resident, cycles = max(1, 16 // plan.warps), 230
     else:
-        resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m
-        blocks_m, filling = -(-problem.M // plan.block_m), 4.0
+        resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m + 15 * more
+        blocks_m, filling, digits = -(-problem.M // plan.block_m), 4.0, 0.0
     programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
     slots = resident * problem.multiprocessors
     waves = -(-programs // slots)

@@ -83,18 +83,33 @@ def empty_like(matrix: Tensor) -> Matrix:
     return Halves.empty(matrix, column_scales(matrix))
 
 
-def inner(left: Matrix, right: Matrix) -> Tensor:
-    """``left^T right`` of (R, M) and (R, N), both of one kind: float32 if halves, else their dtype."""
+def inner(left: Matrix, right: Matrix, into: Tensor | None = None, *, less: bool = False) -> Tensor:
+    """``left^T right`` of (R, M) and (R, N), both of one kind: float32 if halves, else their dtype.
+
+    Args:
+        left, right: The matrices.
+        into: Where the product goes, (M, N) with a unit stride along rows; None: a new tensor.
+        less: The product is taken off what is there.
+    """
     if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return left.t() @ right
+        found = left.t() @ right
+        return found if into is None else into.sub_(found) if less else into.copy_(found)
     if not isinstance(left, Halves) or not isinstance(right, Halves):
         raise TypeError(f"both matrices must be halves, or neither, got {type(left)} and {type(right)}")
     if not len(left.high):
-        return left.scale.new_zeros(len(left.scale), len(right.scale))
-    cross = _multiply(left.high, right.low)
-    cross = _multiply(left.low, right.high, cross, 1.0)
-    total = _multiply(left.high, right.high, cross, 1 / LOW)
-    return total.mul_(left.scale[:, None]).mul_(right.scale)
+        total = left.scale.new_zeros(len(left.scale), len(right.scale))
+    else:
+        cross = _multiply(left.high, right.low)
+        cross = _multiply(left.low, right.high, cross, 1.0)
+        total = _multiply(left.high, right.high, cross, 1 / LOW)
+    out = total if into is None else into
+    if total.is_cuda:
+        from .kernels.passes import scale
+
+        scale(total, left.scale, right.scale, out, less=less)
+        return out
+    total.mul_(left.scale[:, None]).mul_(right.scale)
+    return out.sub_(total) if less else out.copy_(total)
 
 
 def _multiply(left: Tensor, right: Tensor, added: Tensor | None = None, times: float = 0.0) -> Tensor:

@@ -149,12 +149,12 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """As torch.linalg.cholesky_ex, of a float32 matrix that its factor overwrites, with anything above the diagonal.
 
     Corners of the diagonal are factored and inverted in float64, the next one beside what this one takes off the rest;
-    all else is products of halves.
+    all else is products of halves. Memory holds the factor's transpose, whose panels are rows.
     """
     K, failed = len(matrix), torch.zeros((), dtype=torch.int32, device=matrix.device)
 
     def corner(start: int) -> tuple[Tensor, Tensor, Matrix | None]:
-        """Its factor, whether there is none, and the transposed inverse, unless nothing lies below."""
+        """Its factor, whether there is none, and the transposed inverse, unless columns follow."""
         stop = min(start + PANEL, K)
         lower, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].double())
         return lower, info, splittable(_inverse(lower).t().float()) if stop < K else None
@@ -163,27 +163,25 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for start in range(0, K, PANEL):
         stop = start + len(lower)
         failed |= info
-        matrix[start:stop, start:stop] = lower
+        matrix[start:stop, start:stop] = lower.t()
         if inverse is None:
             break
-        below = matrix[stop:, start:stop]
-        # X lower^T = below, as X^T = lower^-1 below^T
-        solved = inner(inverse, splittable(below.t()))
-        below.copy_(solved.t())
-        rows = splittable(solved)
-        _take_off(matrix, stop, rows, stop)
+        # upper^T X = beside
+        beside = matrix[start:stop, stop:]
+        solved = splittable(inner(inverse, splittable(beside), beside))
+        _take_off(matrix, stop, solved, stop)
         ahead = Aside(matrix.device, "corners")
         lower, info, inverse = ahead.run(functools.partial(corner, stop))
         for first in range(stop + PANEL, K, PANEL):
-            _take_off(matrix, stop, rows, first)
+            _take_off(matrix, stop, solved, first)
         ahead.join()
-    return matrix, failed
+    return matrix.t(), failed
 
 
-def _take_off(matrix: Tensor, start: int, rows: Matrix, first: int) -> None:
-    """What columns before ``start``, rows (columns, K - start), take off PANEL rows of what is left."""
+def _take_off(matrix: Tensor, start: int, solved: Matrix, first: int) -> None:
+    """What rows before ``start``, solved (rows, K - start), take off PANEL columns of what is left."""
     last = min(first + PANEL, len(matrix))
-    matrix[first:last, start:last] -= inner(rows[:, first - start : last - start], rows[:, : last - start])
+    inner(solved[:, : last - start], solved[:, first - start : last - start], matrix[start:last, first:last], less=True)
 
 
 def _inverse(lower: Tensor) -> Tensor:

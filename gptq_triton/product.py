@@ -181,7 +181,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     digits_module = _kernels("digits")
     M, K, N = problem.M, operands.K, operands.N
     strips, steps, split = problem.strips, problem.steps, plan.split
-    subgroups, pdl = max(1, 128 // problem.group_columns), problem.capability >= 90
+    subgroups, pdl = problem.subgroups, problem.capability >= 90
     wide = isinstance(plan, WidePlan)
     chosen = asdict(plan)
     chosen.pop("own_digits", None)

@@ -83,7 +83,7 @@ def walk(
     codes = torch.empty(K, N, dtype=torch.uint8, device=columns.device)
     step = (_kernel if _fused(columns, options) else _loop)(_Walk(groups, order, cuts, scales, zeros, codes, spec))
     unit, errors = factor.unit, empty_like(columns)
-    spreads = _inverses(unit, cuts)
+    spreads = _inverses(unit, cuts, _longest(columns, options))
 
     def reach(start: int, stop: int, first: int) -> Tensor:
         """What the errors of all columns before the first move onto some."""
@@ -95,7 +95,7 @@ def walk(
         near, change = reach(first, last, first), columns[first:last].clone()
         for start, stop in strip:
             spread, inside = next(spreads), slice(start - first, stop - first)
-            tile = torch.addmm(columns[start:stop], spread.t(), near[inside])
+            tile = torch.addmm(columns[start:stop], spread[: stop - start, : stop - start].t(), near[inside])
             if start in cuts.ahead:
                 end, group = cuts.ahead[start]
                 rows = tile[: end - start]
@@ -115,6 +115,15 @@ def walk(
 
 def _fused(columns: Tensor, options: SolverOptions) -> bool:
     return options.fused and columns.is_cuda
+
+
+def _longest(columns: Tensor, options: SolverOptions) -> int | None:
+    """Columns of the longest block of the kernel, which takes inverses of that size; None where the loop runs."""
+    if not _fused(columns, options):
+        return None
+    from .kernels.solve import BLOCK_K
+
+    return BLOCK_K
 
 
 def find_groups(
@@ -182,7 +191,8 @@ class _Walk:
     spec: QuantSpec
 
 
-# replaces a tile (columns, N), that starts at a column, by what its codes stand for; the block's inverse is given too
+# replaces a tile (columns, N), that starts at a column, by what its codes stand for; the block's inverse, at least of
+# the tile's size, is given too
 Step = Callable[[Tensor, Tensor, int], None]
 
 
@@ -231,11 +241,7 @@ def cut(groups: Tensor, options: SolverOptions) -> Cuts:
         groups: Each column's group, int64 (K,), on the device of the columns.
         options: How the columns will be walked.
     """
-    limit = options.block
-    if _fused(groups, options):
-        from .kernels.solve import BLOCK_K
-
-        limit = min(limit, BLOCK_K)
+    limit = min(options.block, _longest(groups, options) or options.block)
     inside: dict[int, int] = {}
     ahead: dict[int, tuple[int, int]] = {}
     if options.static_groups:
@@ -281,15 +287,13 @@ def _strips(blocks: list[tuple[int, int]], starts: set[int]) -> list[list[tuple[
     return strips
 
 
-def _inverses(unit: Tensor, cuts: Cuts) -> Iterator[Tensor]:
-    """The inverse of each diagonal block, float32."""
+def _inverses(unit: Tensor, cuts: Cuts, size: int | None) -> Iterator[Tensor]:
+    """The inverse of each diagonal block, float32, of a given size or the longest's: shorter ones end in an identity."""
+    size = size or max(stop - start for strip in cuts.strips for start, stop in strip)
     starts, stops = cuts.blocks.t()
-    sizes = [stop - start for strip in cuts.strips for start, stop in strip]
-    rows = starts[:, None] + torch.arange(max(sizes), device=unit.device)
-    inside = rows < stops[:, None]  # shorter blocks end in an identity
+    rows = starts[:, None] + torch.arange(size, device=unit.device)
+    inside = rows < stops[:, None]
     rows = rows.clamp_(max=len(unit) - 1)
-    eye = torch.eye(max(sizes), dtype=torch.float64, device=unit.device)
+    eye = torch.eye(size, dtype=torch.float64, device=unit.device)
     stack = unit[rows[:, :, None], rows[:, None]].double().where(inside[:, :, None] & inside[:, None], eye)
-    inverses = solve_triangular(stack, eye, upper=True, unitriangular=True).float().contiguous()
-    for inverse, size in zip(inverses, sizes, strict=True):
-        yield inverse[:size, :size]
+    yield from solve_triangular(stack, eye, upper=True, unitriangular=True).float().contiguous()

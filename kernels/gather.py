@@ -2,56 +2,81 @@
 
     out[m, c] = x[m, order[c]], or 0 where order[c] is -1
 
-Dispatch runs it before matmul.py and before a product with what dequantize.py makes.
+Dispatch runs it before matmul.py, large.py and a product with what dequantize.py makes. A row goes to shared memory as a
+whole, where neighbours in the new order need not be neighbours; from L2, each two bytes would bring 32.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+WHOLE_ROW = 1 << 16  # bytes of the longest row that shared memory holds, on any GPU
+PROGRAMS = 256  # that keep a GPU busy
 
-@triton.jit(do_not_specialize=["M"])
-def gather_kernel(x_ptr, order_ptr, out_ptr, M, C, stride_xm, stride_om, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One (BLOCK_M, BLOCK_C) tile of out a program."""
-    # Which tile is mine
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+@triton.jit
+def gather_kernel(
+    x_ptr, order_ptr, out_ptr, K, C, stride_xm, stride_om,
+    WHOLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C columns of a row of out a program."""
+    # Which columns are mine
+    x_ptr += tl.program_id(0).to(tl.int64) * stride_xm
+    out_ptr += tl.program_id(0).to(tl.int64) * stride_om
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (offs_m < M)[:, None] & (offs_c < C)[None, :]
+    mask = offs_c < C
+    order = tl.load(order_ptr + offs_c, mask=mask, other=-1)
 
     # Load
-    order = tl.load(order_ptr + offs_c, mask=offs_c < C, other=-1)
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + order[None, :]
-    values = tl.load(x_ptrs, mask=mask & (order >= 0)[None, :], other=0)
+    if WHOLE:
+        offs_k = tl.arange(0, BLOCK_K)
+        row = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0)
+        values = tl.gather(row, tl.maximum(order, 0), 0)
+        values = tl.where(order >= 0, values, tl.zeros_like(values))
+    else:
+        values = tl.load(x_ptr + order, mask=order >= 0, other=0)
 
     # Store
-    tl.store(out_ptr + offs_m[:, None] * stride_om + offs_c[None, :], values, mask=mask)
+    tl.store(out_ptr + offs_c, values, mask=mask)
 
 
-def gather(x: Tensor, order: Tensor, out: Tensor, *, block_m: int = 4, block_c: int = 512, num_warps: int = 4) -> None:
+def gather(x: Tensor, order: Tensor, out: Tensor, *, whole_row: int = WHOLE_ROW) -> None:
     """Launch on the current device and stream; out is overwritten.
 
     Args:
         x: (M, K), any dtype, unit stride along K.
         order: int32 (C,), in [-1, K).
         out: (M, C), the dtype of x, unit stride along C; M and C at least 1.
-        block_m: Rows of a tile, a power of two.
-        block_c: Columns of a tile, a power of two.
-        num_warps: Warps per program.
+        whole_row: Bytes of the longest row that goes to shared memory.
     """
-    M, C = out.shape
-    gather_kernel[(triton.cdiv(M, block_m), triton.cdiv(C, block_c))](
+    (M, C), K = out.shape, x.shape[1]
+    block_k = triton.next_power_of_2(K)
+    whole = block_k * x.element_size() <= whole_row
+    parts = 8 if not whole else max(1, min(8, PROGRAMS // M))
+    block_c = max(128, triton.next_power_of_2(triton.cdiv(C, parts)))
+    gather_kernel[(M, triton.cdiv(C, block_c))](
         x_ptr=x,
         order_ptr=order,
         out_ptr=out,
-        M=M,
+        K=K,
         C=C,
         stride_xm=x.stride(0),
         stride_om=out.stride(0),
-        BLOCK_M=block_m,
+        WHOLE=whole,
+        BLOCK_K=block_k if whole else 0,
         BLOCK_C=block_c,
-        num_warps=num_warps,  # pyright: ignore[reportCallIssue] an option of the launch
+        num_warps=_warps(block_k if whole else 0, block_c),  # pyright: ignore[reportCallIssue] an option of the launch
     )
 
 
+def _warps(block_k: int, block_c: int) -> int:
+    """Per program: a thread has about 32 numbers of the row, and 16 columns."""
+    return max(4, min(32, max(block_k // 1024, block_c // 512)))
+
+
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of x) and constants
-VARIANTS = ({"kernel": gather_kernel, "x_ptr": "x", "order_ptr": "i32", "out_ptr": "x", "BLOCK_M": 4, "BLOCK_C": 512},)
+VARIANTS = tuple(
+    {"kernel": gather_kernel, "x_ptr": "x", "order_ptr": "i32", "out_ptr": "x",
+     "WHOLE": whole, "BLOCK_K": 16384 if whole else 0, "BLOCK_C": 2048}
+    for whole in (True, False)
+)  # fmt: skip

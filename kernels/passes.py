@@ -2,6 +2,7 @@
 
 high + low / unit = matrix / scale, by columns         float16 halves of float32, as `gptq_triton.halves` has them
 out[i, j] = matrix[index[i], index[j]] / divisor[index[j]]     and 0 below the diagonal, if it is to be upper
+out = matrix * rows[:, None] * columns                 or that taken off what is there
 """
 
 import triton
@@ -121,6 +122,48 @@ def reorder(
     run(reorder_kernel, grid, (matrix, index, divisor, out), (n, stride), constants, num_warps=num_warps)
 
 
+@triton.jit(
+    do_not_specialize=["R", "C", "stride"],
+    do_not_specialize_on_alignment=["matrix_ptr", "rows_ptr", "columns_ptr", "out_ptr"],
+)
+def scale_kernel(
+    matrix_ptr, rows_ptr, columns_ptr, out_ptr, R, C, stride,
+    LESS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_R, BLOCK_C) tile a program."""
+    rows, columns, mask_r, mask_c = _tile(R, C, BLOCK_R, BLOCK_C)
+    mask = mask_r[:, None] & mask_c[None, :]
+    tile = tl.load(matrix_ptr + rows[:, None] * C + columns[None, :], mask=mask, other=0.0)
+    tile *= tl.load(rows_ptr + rows, mask=mask_r, other=0.0)[:, None]
+    tile *= tl.load(columns_ptr + columns, mask=mask_c, other=0.0)[None, :]
+    out_ptrs = out_ptr + rows[:, None] * stride + columns[None, :]
+    if LESS:
+        tile = tl.load(out_ptrs, mask=mask, other=0.0) - tile
+    tl.store(out_ptrs, tile, mask=mask)
+
+
+def scale(
+    matrix: Tensor, rows: Tensor, columns: Tensor, out: Tensor, *, less: bool,
+    block_r: int = 16, block_c: int = 128, num_warps: int = 4,
+) -> None:  # fmt: skip
+    """Launch on the current stream of the matrix's device.
+
+    Args:
+        matrix: float32 (R, C), contiguous.
+        rows: What rows are multiplied by, float32 (R,).
+        columns: The same of columns, (C,).
+        out: float32 (R, C), unit stride along rows; overwritten; may be the matrix.
+        less: What is multiplied is taken off what is in out.
+        block_r, block_c: Of a tile, powers of two.
+        num_warps: Warps per program.
+    """
+    R, C = matrix.shape
+    constants = {"LESS": less, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    grid = triton.cdiv(R, block_r), triton.cdiv(C, block_c)
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    run(scale_kernel, grid, (matrix, rows, columns, out), (R, C, out.stride(0)), constants, **options)
+
+
 def _strides(matrix: Tensor) -> tuple[int, bool]:
     """The stride that is not 1, and whether it is that along columns."""
     down, along = matrix.stride()
@@ -145,5 +188,10 @@ VARIANTS = (
             ("fp32", None, "fp64", False), ("fp32", None, "fp32", True), ("fp64", "fp64", "fp32", True),
             ("fp32", "fp32", "fp32", False),
         )
+    ),
+    *(
+        {"kernel": scale_kernel, "matrix_ptr": "fp32", "rows_ptr": "fp32", "columns_ptr": "fp32", "out_ptr": "fp32",
+         "LESS": less, "BLOCK_R": 16, "BLOCK_C": 128}
+        for less in (False, True)
     ),
 )  # fmt: skip

@@ -45,9 +45,7 @@ def grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
     return as_stored(exact, dtype), zero
 
 
-@triton.jit(
-    do_not_specialize=["first", "count", "maxq", "N", "stride_spread"], do_not_specialize_on_alignment=["spread_ptr"]
-)
+@triton.jit(do_not_specialize=["first", "count", "maxq", "N"])
 def solve_kernel(
     tile_ptr,
     spread_ptr,
@@ -61,68 +59,75 @@ def solve_kernel(
     count,
     maxq,
     N,
-    stride_spread,
     FIND: tl.constexpr,
     SYM: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SUB: tl.constexpr,
 ):
-    """BLOCK_N rows of the weight a program, and every column of the block.
+    """BLOCK_N rows of the weight a program, and every column of the block, which it has in parts of SUB.
 
-    A column costs about five instructions for each value of the tile: a comparison, a select and a sum pick it out of
-    the registers, a product and a difference update what follows. Unrolling would save the first three for 128 copies
-    of the loop.
+    A column waits for those before it: for a comparison, a select and a sum of each value of its part, which pick it
+    out of the registers, for a division, and for the update of its part. Updates of later parts fill the time.
     """
     # Which rows are mine
-    if ALIGNED:
-        N = tl.multiple_of(N, 16)
+    PARTS: tl.constexpr = BLOCK_K // SUB
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_s = tl.arange(0, SUB)
     mask_n = offs_n < N
-    mask_k = offs_k < count
 
     # Load the block, and what the first step needs
-    tile_ptrs = tile_ptr + offs_k.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tile = tl.load(tile_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+    parts = ()
+    for s in tl.static_range(PARTS):
+        offs_k = s * SUB + offs_s
+        ptrs = tile_ptr + offs_k.to(tl.int64)[:, None] * N + offs_n[None, :]
+        parts = parts + (tl.load(ptrs, mask=(offs_k < count)[:, None] & mask_n[None, :], other=0.0),)
     group = tl.load(groups_ptr + first).to(tl.int64)  # it may have started in the block before
     scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=1.0).to(tl.float32)
     zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
-    row_ptr = spread_ptr
-    row = tl.load(row_ptr + offs_k, mask=mask_k & (offs_k > 0), other=0.0)
     values_ptrs = tile_ptr + offs_n
+    row_ptrs = spread_ptr + offs_s[:, None] + tl.zeros([1, BLOCK_N], tl.int32)
 
     # Walk the columns
-    for j in range(count):
-        # a row of the inverse ahead: its way from memory hides behind this column
-        row_ptr += stride_spread
-        next_row = tl.load(row_ptr + offs_k, mask=mask_k & (offs_k > j + 1) & (j + 1 < count), other=0.0)
-        group = tl.load(groups_ptr + first + j).to(tl.int64)
-        position = tl.load(positions_ptr + first + j).to(tl.int64)
-        if FIND:
-            run = tl.load(runs_ptr + first + j)
-            if run > 0:
-                inside = (offs_k >= j) & (offs_k < j + run)
-                members = tl.where(inside[:, None], tile, 0.0)  # a range holds 0 in any case
-                low, high = tl.min(members, axis=0), tl.max(members, axis=0)
-                scale, zero = grid_of(  # pyright: ignore[reportGeneralTypeIssues]
-                    low, high, maxq, scales_ptr.dtype.element_ty, SYM
-                )
-                tl.store(scales_ptr + group * N + offs_n, scale.to(scales_ptr.dtype.element_ty), mask=mask_n)
-                tl.store(zeros_ptr + group * N + offs_n, zero, mask=mask_n)
-        else:
-            scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=1.0).to(tl.float32)
-            zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
-        column = tl.sum(tl.where((offs_k == j)[:, None], tile, 0.0), axis=0)
-        steps = tl.minimum(tl.maximum(tl.div_rn(column, scale), -1024.0), 1024.0)  # beyond any code: same code
-        code = tl.minimum(tl.maximum(to_nearest(steps) + zero, 0.0), maxq.to(tl.float32))
-        value = (code - zero) * scale
-        miss = column - value
-        tile -= row[:, None] * miss[None, :]
-        tl.store(codes_ptr + position * N + offs_n, code.to(tl.uint8), mask=mask_n)
-        tl.store(values_ptrs, value, mask=mask_n)
-        values_ptrs += N
-        row = next_row
+    for s in tl.static_range(PARTS):
+        for own_j in range(tl.minimum(count - s * SUB, SUB)):
+            j = s * SUB + own_j
+            group = tl.load(groups_ptr + first + j).to(tl.int64)
+            position = tl.load(positions_ptr + first + j).to(tl.int64)
+            if FIND:
+                run = tl.load(runs_ptr + first + j)
+                if run > 0:
+                    low, high = tl.zeros_like(zero), tl.zeros_like(zero)  # a range holds 0 in any case
+                    for p in tl.static_range(PARTS - s):
+                        offs_k = (s + p) * SUB + offs_s
+                        inside = (offs_k >= j) & (offs_k < j + run)
+                        members = tl.where(inside[:, None], parts[p], 0.0)
+                        low, high = tl.minimum(low, tl.min(members, axis=0)), tl.maximum(high, tl.max(members, axis=0))
+                    scale, zero = grid_of(  # pyright: ignore[reportGeneralTypeIssues]
+                        low, high, maxq, scales_ptr.dtype.element_ty, SYM
+                    )
+                    tl.store(scales_ptr + group * N + offs_n, scale.to(scales_ptr.dtype.element_ty), mask=mask_n)
+                    tl.store(zeros_ptr + group * N + offs_n, zero, mask=mask_n)
+                next_scale, next_zero = scale, zero
+            else:  # a column ahead
+                group = tl.load(groups_ptr + first + tl.minimum(j + 1, count - 1)).to(tl.int64)
+                next_scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=1.0).to(tl.float32)
+                next_zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
+            column = tl.sum(tl.where((offs_s == own_j)[:, None], parts[0], 0.0), axis=0)
+            steps = tl.minimum(tl.maximum(tl.div_rn(column, scale), -1024.0), 1024.0)  # beyond any code: same code
+            code = tl.minimum(tl.maximum(to_nearest(steps) + zero, 0.0), maxq.to(tl.float32))
+            value = (code - zero) * scale
+            miss = column - value
+            moved = ()
+            for p in tl.static_range(PARTS - s):  # columns up to this one, and beyond the last, hold anything from now
+                row = tl.load(row_ptrs + (j * BLOCK_K + (s + p) * SUB))
+                moved = moved + (parts[p] - row * miss[None, :],)
+            parts = moved
+            tl.store(codes_ptr + position * N + offs_n, code.to(tl.uint8), mask=mask_n)
+            tl.store(values_ptrs, value, mask=mask_n)
+            values_ptrs += N
+            scale, zero = next_scale, next_zero
+        parts = parts[1:]
 
 
 def solve(
@@ -141,13 +146,12 @@ def solve(
     block_n: int = 8,
     num_warps: int = 1,
 ) -> None:
-    """Launch on the current stream of the tile's device; all matrices but spread are contiguous.
+    """Launch on the current stream of the tile's device; all matrices are contiguous.
 
     Args:
         tile: float32 (count, N), 1 to BLOCK_K columns of the block in processing order, errors of those before it
             already moved onto them; overwritten by what their codes stand for.
-        spread: float32 (count, count), upper, unit stride along its rows, with ones on the diagonal; neither these
-            nor what lies below is read.
+        spread: float32 (BLOCK_K, BLOCK_K), contiguous, of which (count, count) above the diagonal matters.
         groups: int32 (K,), each column's group.
         runs: int32 (K,), where a group starts that is found here: its columns, all in this block; elsewhere 0.
             None: every group is given.
@@ -164,14 +168,15 @@ def solve(
     count, N = tile.shape
     pointers = tile, spread, groups, runs, positions, scales, zeros, codes
     constants = {
-        "FIND": runs is not None, "SYM": sym, "ALIGNED": N % 16 == 0, "BLOCK_K": BLOCK_K, "BLOCK_N": block_n,
+        "FIND": runs is not None, "SYM": sym, "BLOCK_K": BLOCK_K, "BLOCK_N": block_n, "SUB": SUB,
     }  # fmt: skip
-    integers = first, count, maxq, N, spread.stride(0)
+    integers = first, count, maxq, N
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
     run(solve_kernel, (triton.cdiv(N, block_n), 1), pointers, integers, constants, **options)
 
 
 BLOCK_K = 128  # columns of the longest block
+SUB = 16  # of a part
 
 _POINTERS = {
     "tile_ptr": "fp32",
@@ -185,7 +190,7 @@ _POINTERS = {
 }
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of scales) and constants
 VARIANTS = tuple(
-    {"kernel": solve_kernel, **_POINTERS, "FIND": find, "SYM": sym, "ALIGNED": sym, "BLOCK_K": BLOCK_K}
+    {"kernel": solve_kernel, **_POINTERS, "FIND": find, "SYM": sym, "BLOCK_K": BLOCK_K, "SUB": SUB}
     for find, sym in ((True, False), (True, True), (False, False))
 )
 # Rows a program and warps: the launcher's default, and what else may be tried

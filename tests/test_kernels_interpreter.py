@@ -148,14 +148,17 @@ def test_dequantize_is_the_reference_to_the_bit(weight, dtype, first_strip, log_
 
 
 @QUICK
-@given(st.integers(1, 20), st.integers(1, 70), st.integers(1, 1100), st.sampled_from((*DTYPES, torch.bfloat16)))
-def test_gather(M, K, C, dtype):
+@given(
+    st.integers(1, 20), st.integers(1, 70), st.integers(1, 1100), st.sampled_from((*DTYPES, torch.bfloat16)),
+    st.sampled_from((1 << 16, 100)),
+)  # fmt: skip
+def test_gather(M, K, C, dtype, whole_row):
     from gptq_triton.kernels.gather import gather
 
     x = random_rows(M, K, dtype)
     order = torch.randint(-1, K, (C,), generator=generator(C), dtype=torch.int32)
     out = poisoned(torch.full((M, C), float("nan"), dtype=dtype))
-    gather(poisoned(x), guarded(order), out)
+    gather(poisoned(x), guarded(order), out, whole_row=whole_row)
     assert torch.equal(out, torch.where(order >= 0, x[:, order.long()], 0))
 
 
@@ -195,7 +198,7 @@ def inner_loop(columns, spread, groups, runs, scales, zeros, spec, options):
 @example(3, True, [10, 20, 5], (10, 20), False, 9, torch.float16, 1, {"block_n": 16}, 0)
 @example(8, False, [10, 20, 5], (0, 35), True, 9, torch.float32, 1, {"block_n": 8}, 1)
 def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_groups, N, scale_dtype, size, tile, seed):
-    from gptq_triton.kernels.solve import solve
+    from gptq_triton.kernels.solve import BLOCK_K, solve
 
     spec, options = QuantSpec(bits, -1, sym), SolverOptions(scale_dtype=scale_dtype)
     K, G = sum(lengths), len(lengths)
@@ -207,8 +210,9 @@ def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_gro
     if given_groups:
         runs, groups = [0] * K, torch.randint(0, G, (K,), generator=generator(seed)).tolist()
     columns = random_rows(count, N, torch.float32, seed=seed)
-    spread = torch.randn(count, count, generator=generator(seed)).mul_(0.3).triu_(1)
-    spread += torch.full_like(spread, torch.nan).tril()  # what is not read
+    spread = torch.full((BLOCK_K, BLOCK_K), torch.nan)  # what does not matter
+    spread[:count, :count] = torch.randn(count, count, generator=generator(seed)).mul_(0.3)
+    spread += torch.full_like(spread, torch.nan).tril()
     columns *= size * torch.rand(1, N, generator=generator(seed))
     columns[:, 0] = -columns[:, 0].abs() if seed % 2 else 0  # ranges that end at 0, or hold nothing else
     scales = (torch.rand(G, N, generator=generator(seed)) + 0.01).to(scale_dtype)
@@ -216,11 +220,11 @@ def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_gro
     positions = torch.randperm(K, generator=generator(seed)).int()
     codes = torch.full((K, N), 77, dtype=torch.uint8)
     got_scales, got_zeros, here = guarded(scales), guarded(zeros), slice(first, first + count)
-    expected = inner_loop(columns, spread, groups[here], runs[here], scales, zeros, spec, options)
+    expected = inner_loop(columns, spread[:count, :count], groups[here], runs[here], scales, zeros, spec, options)
     tensors = torch.tensor(groups).int(), None if given_groups else torch.tensor(runs).int(), positions
     values = guarded(columns)
     solve(
-        values, poisoned(spread), *tensors, got_scales, got_zeros, codes,
+        values, guarded(spread), *tensors, got_scales, got_zeros, codes,
         first=first, maxq=spec.maxq, sym=sym, **tile,
     )  # fmt: skip
     written = positions[here].long()
@@ -319,8 +323,8 @@ def by_kernel(columns, factor, order, grid, spec, options):
     """The walk as on a GPU, whatever the device."""
     from gptq_triton.kernels.solve import BLOCK_K
 
-    with mock.patch.object(walking, "_loop", walking._kernel):
-        return walk(columns, factor, order, grid, spec, replace(options, block=min(options.block, BLOCK_K)))
+    with mock.patch.multiple(walking, _loop=walking._kernel, _longest=lambda *_: BLOCK_K):
+        return walk(columns, factor, order, grid, spec, options)
 
 
 @SLOW
@@ -404,6 +408,24 @@ def test_reorder_is_two_selections(n, dtypes, across, divided, seed):
     reorder(given, index, divisor, out[:n], upper=divided)
     assert torch.equal(out[:n], expected.triu() if divided else expected)
     assert (out[n] == 7).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(R=st.integers(1, 40), C=st.integers(1, 200), less=st.booleans(), seed=st.integers(0, 99))
+def test_scale_is_two_products_to_the_bit(R, C, less, seed):
+    from gptq_triton.kernels.passes import scale
+
+    matrix, there = (torch.randn(R, C, generator=generator(seed + i)) for i in range(2))
+    rows, columns = (torch.ldexp(torch.ones(n), torch.arange(n) % 9 - 4) for n in (R, C))
+    expected = matrix * rows[:, None] * columns
+    around = torch.full((R + 1, C + 3), 7.0)
+    out = around[:R, :C].copy_(there)
+    scale(matrix, rows, columns, out, less=less)
+    assert torch.equal(out, there - expected if less else expected)
+    assert (around[R] == 7).all()
+    assert (around[:, C:] == 7).all()
+    scale(matrix, rows, columns, matrix, less=False)
+    assert torch.equal(matrix, expected)
 
 
 def test_passes_need_a_unit_stride():

@@ -187,15 +187,23 @@ def test_factor_is_that_of_the_damped_hessian_and_of_the_paper(K, decades, rank,
     assert (H @ factor.divide(x).double() - x).norm() <= 2**-24 * (units + 4 * K) * (1 + K / damp) * x.norm()
 
 
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_diagonal_blocks_are_inverted(lengths, seed):
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    size=st.sampled_from((None, 32)),
+    seed=st.integers(0, 99),
+)
+def test_diagonal_blocks_are_inverted(lengths, size, seed):
     K = sum(lengths)
     unit = torch.randn(K, K, generator=torch.Generator().manual_seed(seed)).mul_(0.2).triu_(1) + torch.eye(K)
     blocks = list(_blocks(lengths, 30))
     cuts = Cuts([blocks[:2], blocks[2:]], {}, {}, torch.tensor(blocks), torch.zeros(K, dtype=torch.int32))
-    for (start, stop), inverse in zip(blocks, _inverses(unit, cuts), strict=True):
+    for (start, stop), inverse in zip(blocks, _inverses(unit, cuts, size), strict=True):
         here = unit[start:stop, start:stop].double()
         assert torch.equal(inverse, inverse.triu())
+        assert len(inverse) == (size or max(b - a for a, b in blocks))
+        rest = inverse[stop - start :]
+        assert torch.equal(rest, torch.eye(len(inverse))[stop - start :])
+        inverse = inverse[: stop - start, : stop - start]
         # float64 leaves the rounding of the result
         residue = here @ inverse.double() - torch.eye(stop - start, dtype=torch.float64)
         assert (residue.abs() <= 1.01 * 2**-24 * (here.abs() @ inverse.abs().double())).all()

@@ -231,15 +231,15 @@ def _dequantize(problem: Problem) -> DequantizePlan:
 
 def candidates(problem: Problem) -> Iterator[FusedPlan]:
     """Every plan worth timing."""
-    many = problem.subgroups > 1  # digits have sums for each of them, floats only more scales
+    rows, many = problem.M, problem.subgroups > 1  # digits have sums for each scale, floats only more scales
     most = ROWS_OF_DECODE if many else ROWS_OF_DIGITS
-    if problem.takes_digits and problem.M <= most:
+    if problem.takes_digits and rows <= most:
         yield from _decode(problem)
-        if problem.M > ROWS_OF_DECODE and problem.capability == 90:
+        if rows > ROWS_OF_DECODE and problem.capability == 90:
             yield from _wide(problem)
-    if problem.takes_large and problem.M > most:
+    if problem.takes_large and rows > most:
         yield from _large(problem)
-    if problem.M <= ROWS_OF_MATMUL and (not problem.takes_digits or problem.M > (4 if many else ROWS_OF_DECODE)):
+    if rows <= ROWS_OF_MATMUL and (not problem.takes_digits or rows > (4 if many else ROWS_OF_DECODE)):
         yield from _matmul(problem)
 
 

@@ -288,7 +288,7 @@ def _strips(blocks: list[tuple[int, int]], starts: set[int]) -> list[list[tuple[
 
 
 def _inverses(unit: Tensor, cuts: Cuts, size: int | None) -> Iterator[Tensor]:
-    """The inverse of each diagonal block, float32, of a given size or the longest's: shorter ones end in an identity."""
+    """The inverse of each diagonal block, float32, of one size, which may be given: shorter ones end in an identity."""
     size = size or max(stop - start for strip in cuts.strips for start, stop in strip)
     starts, stops = cuts.blocks.t()
     rows = starts[:, None] + torch.arange(size, device=unit.device)

@@ -2,8 +2,8 @@
 
     out[m, c] = x[m, order[c]], or 0 where order[c] is -1
 
-Dispatch runs it before matmul.py, large.py and a product with what dequantize.py makes. A row goes to shared memory as a
-whole, where neighbours in the new order need not be neighbours; from L2, each two bytes would bring 32.
+Dispatch runs it before matmul.py, large.py and a product with what dequantize.py makes. A row goes to shared memory as
+a whole, where neighbours in the new order need not be neighbours; from L2, each two bytes would bring 32.
 """
 
 import triton
@@ -65,7 +65,7 @@ def gather(x: Tensor, order: Tensor, out: Tensor, *, whole_row: int = WHOLE_ROW)
         WHOLE=whole,
         BLOCK_K=block_k if whole else 0,
         BLOCK_C=block_c,
-        num_warps=_warps(block_k if whole else 0, block_c),  # pyright: ignore[reportCallIssue] an option of the launch
+        num_warps=_warps(block_k if whole else 0, block_c),  # pyright: ignore[reportCallIssue] a launch's option
     )
 
 
@@ -77,6 +77,6 @@ def _warps(block_k: int, block_c: int) -> int:
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of x) and constants
 VARIANTS = tuple(
     {"kernel": gather_kernel, "x_ptr": "x", "order_ptr": "i32", "out_ptr": "x",
-     "WHOLE": whole, "BLOCK_K": 16384 if whole else 0, "BLOCK_C": 2048}
+     "WHOLE": whole, "BLOCK_K": 4096 if whole else 0, "BLOCK_C": 2048}
     for whole in (True, False)
 )  # fmt: skip

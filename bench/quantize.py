@@ -45,7 +45,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "feedback 1, true_sequential": {"feedback": 1.0, "true_sequential": True},
 }
 CONFIG = QuantizeConfig(bits=4, group_size=128, sym=False)
-IDENTITY = ("part", "N", "K", "layers", "act_order", "switches", "ranks", "at_once")
+IDENTITY = ("part", "N", "K", "layers", "act_order", "switches", "ranks")
 SHAPES = ((4096, 4096), (4096, 14336))  # N, K
 SEGMENTS, LENGTH = 128, 2048
 METHOD = (
@@ -53,9 +53,8 @@ METHOD = (
     "turns, medians of 7, of 3 where K > 4096; loss: tr(E H E^T) in float64, fused over eager. hessian: 16384 tokens "
     "of float16, and how far off float64 in norm. model: random float16 weights, "
     f"{SEGMENTS} x {LENGTH} tokens, 4 bits, groups of 128; seconds from the model on disk to the checkpoint on disk, "
-    "of the first one with compiling kernels. experts: a block of Qwen3-30B-A3B, 128 experts, solved one after another "
-    "and some at once, on the GPU. ranks: the same tokens and 4 layers of the model, on the GPU; calibration: all but "
-    "solving"
+    "of the first one with compiling kernels. experts: a block of Qwen3-30B-A3B, 128 experts; kernels are compiled. "
+    "ranks: the same tokens and 4 layers of the model, on the GPU; calibration: all but solving"
 )
 
 
@@ -131,7 +130,7 @@ def measure_solver(N: int, K: int, desc_act: bool) -> dict[str, Any]:
     }
 
 
-def measure_experts(at_once: int) -> dict[str, Any]:
+def measure_experts() -> dict[str, Any]:
     """One block of experts, of which each gets a sixteenth of the tokens."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -144,14 +143,9 @@ def measure_experts(at_once: int) -> dict[str, Any]:
     with torch.device("cuda"):
         model: Any = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes), dtype=torch.float16).eval()
     tokens = torch.randint(0, 512, (SEGMENTS, LENGTH), generator=torch.Generator().manual_seed(0))
-    default, model_module._at_once = model_module._at_once, lambda device: at_once
-    try:
-        taken, reports = timed(functools.partial(quantize_model, progress=False), model, list(tokens), CONFIG)
-    finally:
-        model_module._at_once = default
+    taken, reports = timed(functools.partial(quantize_model, progress=False), model, list(tokens), CONFIG)
     return {
         "part": "experts",
-        "at_once": at_once,
         "seconds": round(taken, 2),
         "solve_s": round(sum(report.seconds for report in reports), 2),
         "rounded_to_nearest": sum(report.method == "rtn" for report in reports),
@@ -306,8 +300,8 @@ def main() -> None:
                     if options.only is None or f"{N}x{K}" in options.only:
                         add(measure_solver(N, K, desc_act))
         if "experts" in options.parts:
-            for at_once in (1, 1, 2, 4, 8):  # the first compiles
-                add(measure_experts(at_once))
+            measure_experts()  # compiles
+            add(measure_experts())
         if "model" in options.parts:
             source = options.folder or Path(tempfile.mkdtemp()) / "model"
             if not source.exists():  # made by another process, so that none of it stays on this one's GPU

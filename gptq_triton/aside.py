@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -48,36 +44,3 @@ class Aside:
 def _stream(device: torch.device, name: str, thread: int) -> torch.cuda.Stream:
     """One for each thread: what it frees is not taken by work that knows nothing of the thread's current stream."""
     return torch.cuda.Stream(device)
-
-
-def map_at_once(call: Callable[[A], T], items: Iterable[A], device: torch.device, at_once: int) -> Iterator[T]:
-    """As ``map``, with some calls at once, each in a thread and on a GPU on a stream of its own.
-
-    The first call is made alone, so that what is compiled is compiled once.
-
-    Args:
-        call: It waits for its own work, so that any stream may use what it returns.
-        items: What it is called with.
-        device: Where it works.
-        at_once: How many calls.
-    """
-    rest = iter(items)
-    own, stream = threading.local(), None
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device)
-
-    def here(item: A) -> T:
-        if stream is None:
-            return call(item)
-        own.stream = getattr(own, "stream", None) or torch.cuda.Stream(device)
-        own.stream.wait_stream(stream)
-        with torch.cuda.stream(own.stream):
-            return call(item)
-
-    yield from map(call, itertools.islice(rest, 1 if at_once > 1 else None))
-    with ThreadPoolExecutor(at_once) as threads:
-        waiting = deque(threads.submit(here, item) for item in itertools.islice(rest, at_once))
-        while waiting:
-            found = waiting.popleft().result()
-            waiting.extend(threads.submit(here, item) for item in itertools.islice(rest, 1))
-            yield found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .aside import map_at_once
 from .config import QuantizeConfig
 from .embedding import empty_embedding, untie
 from .experts import Experts, routers, skeleton, unfuse
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-SMALL = 1 << 23  # elements of layers that are solved at once
 
 
 @dataclass(frozen=True)
@@ -346,37 +342,28 @@ def _solve_groups(
 ) -> Iterator[tuple[list[str], dict[str, Solution], float]]:
     """Solve groups of layers: their names, solutions and seconds; of several processes, each solves some."""
 
-    @torch.no_grad()  # also in threads
-    def solution(names: list[str]) -> dict[str, Solution]:
-        own = targets[names[0]].config
+    def solution(names: list[str]) -> tuple[dict[str, Solution], float]:
+        started, own = time.perf_counter(), targets[names[0]].config
+        bar.set_postfix_str(names[0].split(".", 2)[-1])
         weights = {name: weight_of(targets[name].layer) for name in names}
-        return solve(weights, observer.hessian(names[0]), own.spec(), own.solver_options(), method)
+        solved = solve(weights, observer.hessian(names[0]), own.spec(), own.solver_options(), method)
+        return solved, time.perf_counter() - started
 
     if not groups:
         return
     device = weight_of(targets[groups[0][0]].layer).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the inputs are still being counted
-    if ranks.group is None:
-        sizes = [sum(N * K for N, K in (targets[name].shape for name in names)) for names in groups]
-        at_once = _at_once(device) if max(sizes) <= SMALL else 1  # solutions are larger than layers
-        started = time.perf_counter()
-        for names, solved in zip(groups, map_at_once(solution, groups, device, at_once), strict=True):
-            bar.set_postfix_str(names[0].split(".", 2)[-1])
-            if at_once > 1 and device.type == "cuda":  # another stream's memory
-                for tensor in itertools.chain.from_iterable(map(_tensors, solved.values())):
-                    tensor.record_stream(torch.cuda.current_stream(device))
-            yield names, solved, time.perf_counter() - started
-            started = time.perf_counter()
+    if ranks.group is None:  # one after another: solutions are larger than layers
+        yield from ((names, *solution(names)) for names in groups)
         return
     shapes = [[targets[name].shape for name in names] for names in groups]
     owners = ranks.owners([sum(N + K / 3 for N, K in each) * each[0][1] ** 2 for each in shapes])
     mine: dict[int, Any] = {}
     for index, names in enumerate(groups):
         if owners[index] == ranks.rank:
-            started = time.perf_counter()
             try:
-                mine[index] = solution(names), time.perf_counter() - started
+                mine[index] = solution(names)
             except ValueError as error:  # every process must hear of it
                 mine[index] = error
     for index, names in enumerate(groups):
@@ -384,17 +371,6 @@ def _solve_groups(
         if isinstance(found, ValueError):
             raise found
         yield names, *found
-
-
-def _tensors(solution: Solution) -> list[Tensor]:
-    weight = solution.weight
-    found = solution.dequantized, weight.qweight, weight.scales, weight.qzeros, weight.g_idx
-    return [tensor for tensor in found if tensor is not None]
-
-
-def _at_once(device: torch.device) -> int:
-    """Small layers that are solved at once: launching takes longer than what is launched."""
-    return 4 if device.type == "cuda" else 1
 
 
 def _quant_linear(layer: nn.Module, solution: Solution) -> QuantLinear:

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from transformers import (
 )
 
 from gptq_triton import QuantizeConfig, QuantLinear, estimate, load_quantized, quantize_model, save_quantized
-from gptq_triton import model as model_module
 from gptq_triton.experts import Experts, is_fused, match_checkpoint, routers, skeleton, unfuse
 from gptq_triton.ranks import Ranks
 from gptq_triton.streaming import Observer, runner
@@ -332,18 +330,6 @@ def test_a_resumed_run_is_identical(tmp_path):
     quantize_model(second, batches(), CONFIG, workdir=tmp_path, progress=False)
     state = first.state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in second.state_dict().items())
-
-
-def test_experts_solved_at_once_are_those_solved_one_after_another(monkeypatch):
-    models = []
-    for at_once in (1, 3):
-        model = tiny(FAMILIES["qwen3_moe"])
-        monkeypatch.setattr(model_module, "_at_once", lambda device, at_once=at_once: at_once)
-        reports = quantize_model(model, batches(4), CONFIG, progress=False)
-        models.append((model.state_dict(), [replace(report, seconds=0) for report in reports]))
-    assert models[0][1] == models[1][1]
-    assert models[0][0].keys() == models[1][0].keys()
-    assert all(torch.equal(models[0][0][name], models[1][0][name]) for name in models[0][0])
 
 
 def test_match_checkpoint_names():

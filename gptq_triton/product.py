@@ -250,7 +250,7 @@ def _matmul(
     y: Tensor,
 ) -> None:
     M, programs = problem.M, -(-problem.strips // plan.strips_of_program) * -(-problem.M // plan.block_m)
-    x = _in_order(x.view(M, weight.K) if x.dim() != 2 else x, weight)
+    x = _in_order(problem, x.view(M, weight.K) if x.dim() != 2 else x, weight)
     scratch = _scratch(device)
     with scratch.lock:
         workspace = counters = None
@@ -291,7 +291,7 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
-        x = _in_order(x.view(M, K) if x.dim() != 2 else x, weight)
+        x = _in_order(problem, x.view(M, K) if x.dim() != 2 else x, weight)
         with scratch.lock:
             workspace = counters = None
             if streamed:
@@ -304,7 +304,7 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
 def _by_floats(
     problem: Problem, plan: DequantizePlan, x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor
 ) -> None:
-    x = _in_order(x.view(problem.M, weight.K) if x.dim() != 2 else x, weight)
+    x = _in_order(problem, x.view(problem.M, weight.K) if x.dim() != 2 else x, weight)
     y = y.view(problem.M, weight.N)
     for first, w in _slabs(plan, problem, weight, x.dtype, x.shape[1]):
         part = y[:, first : first + len(w)]
@@ -382,12 +382,12 @@ def _slabs(
         yield first, slab
 
 
-def _in_order(x: Tensor, weight: TiledWeight) -> Tensor:
+def _in_order(problem: Problem, x: Tensor, weight: TiledWeight) -> Tensor:
     """x with its columns in the order of the tiles."""
     if weight.order is None:
         return x
     out = torch.empty(len(x), len(weight.order), dtype=x.dtype, device=x.device)
-    _kernels("gather").gather(x, weight.order, out)
+    _kernels("gather").gather(x, weight.order, out, pdl=problem.capability >= 90)
     return out
 
 

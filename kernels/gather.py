@@ -9,25 +9,42 @@ a whole, where neighbours in the new order need not be neighbours; from L2, each
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .launch import run
 
 WHOLE_ROW = 1 << 16  # bytes of the longest row that shared memory holds, on any GPU
 PROGRAMS = 256  # that keep a GPU busy
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["K", "C", "stride_xm", "stride_om"],
+    do_not_specialize_on_alignment=["x_ptr", "order_ptr", "out_ptr"],
+)
 def gather_kernel(
     x_ptr, order_ptr, out_ptr, K, C, stride_xm, stride_om,
-    WHOLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C columns of a row of out a program."""
+    if PDL:
+        gdc_launch_dependents()  # the product, which waits for this kernel
     # Which columns are mine
-    x_ptr += tl.program_id(0).to(tl.int64) * stride_xm
-    out_ptr += tl.program_id(0).to(tl.int64) * stride_om
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = offs_c < C
+    m = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_C
+    x_ptr += m * stride_xm
+    order_ptr += first
+    out_ptr += m * stride_om + first
+    offs_c = tl.arange(0, BLOCK_C)
+    left = C - first
+    if ALIGNED:  # the same, and Triton knows what divides it
+        x_ptr, K = tl.multiple_of(x_ptr, 16), K // 8 * 8
+        order_ptr, out_ptr, left = tl.multiple_of(order_ptr, 16), tl.multiple_of(out_ptr, 16), left // 8 * 8
+    mask = offs_c < left
     order = tl.load(order_ptr + offs_c, mask=mask, other=-1)
 
     # Load
+    if PDL:
+        gdc_wait()
     if WHOLE:
         offs_k = tl.arange(0, BLOCK_K)
         row = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0)
@@ -40,33 +57,29 @@ def gather_kernel(
     tl.store(out_ptr + offs_c, values, mask=mask)
 
 
-def gather(x: Tensor, order: Tensor, out: Tensor, *, whole_row: int = WHOLE_ROW) -> None:
-    """Launch on the current device and stream; out is overwritten.
+def gather(x: Tensor, order: Tensor, out: Tensor, *, pdl: bool = False, whole_row: int = WHOLE_ROW) -> None:
+    """Launch on the current stream of the device of x; out is overwritten.
 
     Args:
         x: (M, K), any dtype, unit stride along K.
         order: int32 (C,), in [-1, K).
         out: (M, C), the dtype of x, unit stride along C; M and C at least 1.
+        pdl: Programmatic dependent launch (sm_90 on).
         whole_row: Bytes of the longest row that goes to shared memory.
     """
     (M, C), K = out.shape, x.shape[1]
     block_k = triton.next_power_of_2(K)
     whole = block_k * x.element_size() <= whole_row
-    parts = 8 if not whole else max(1, min(8, PROGRAMS // M))
+    parts = max(1, min(8, PROGRAMS // M)) if whole else 8
     block_c = max(128, triton.next_power_of_2(triton.cdiv(C, parts)))
-    gather_kernel[(M, triton.cdiv(C, block_c))](
-        x_ptr=x,
-        order_ptr=order,
-        out_ptr=out,
-        K=K,
-        C=C,
-        stride_xm=x.stride(0),
-        stride_om=out.stride(0),
-        WHOLE=whole,
-        BLOCK_K=block_k if whole else 0,
-        BLOCK_C=block_c,
-        num_warps=_warps(block_k if whole else 0, block_c),  # pyright: ignore[reportCallIssue] a launch's option
-    )
+    addresses = x.data_ptr() | order.data_ptr() | out.data_ptr()
+    aligned = addresses % 16 == 0 and not any(n % 8 for n in (K, C, x.stride(0), out.stride(0)))
+    constants = {
+        "WHOLE": whole, "ALIGNED": aligned, "PDL": pdl, "BLOCK_K": block_k if whole else 0, "BLOCK_C": block_c,
+    }  # fmt: skip
+    options = {"num_warps": _warps(block_k if whole else 0, block_c)} | ({"launch_pdl": True} if pdl else {})
+    integers = K, C, x.stride(0), out.stride(0)
+    run(gather_kernel, (M, triton.cdiv(C, block_c)), (x, order, out), integers, constants, **options)
 
 
 def _warps(block_k: int, block_c: int) -> int:
@@ -77,6 +90,6 @@ def _warps(block_k: int, block_c: int) -> int:
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of x) and constants
 VARIANTS = tuple(
     {"kernel": gather_kernel, "x_ptr": "x", "order_ptr": "i32", "out_ptr": "x",
-     "WHOLE": whole, "BLOCK_K": 4096 if whole else 0, "BLOCK_C": 2048}
+     "WHOLE": whole, "ALIGNED": whole, "PDL": False, "BLOCK_K": 4096 if whole else 0, "BLOCK_C": 2048}
     for whole in (True, False)
 )  # fmt: skip

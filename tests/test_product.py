@@ -72,7 +72,7 @@ class Kernels:
 
         return launch
 
-    def gather(self, x: Tensor, order: Tensor, out: Tensor) -> None:
+    def gather(self, x: Tensor, order: Tensor, out: Tensor, *, pdl: bool) -> None:
         out.copy_(torch.where(order >= 0, x[:, order.clamp(min=0).long()], 0))
 
     def dequantize(self, words, meta, scales, out, *, bits, group_columns, scales_bf16, first_strip, ptx):

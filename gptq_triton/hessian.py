@@ -135,10 +135,13 @@ def attempt(H: Tensor, order: Tensor, damp: float, dtype: torch.dtype = torch.fl
 def reordered(matrix: Tensor, index: Tensor, dtype: torch.dtype, divisor: Tensor | None = None) -> Tensor:
     """``matrix[index][:, index]``; with a divisor of each column, the upper triangle of the quotient alone."""
     if matrix.is_cuda:
-        from .kernels.passes import reorder
+        from .kernels import gather, passes
 
         out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-        reorder(matrix, index, divisor, out, upper=divisor is not None)
+        if divisor is None and matrix.stride(1) == 1:
+            gather.gather(matrix, index.to(torch.int32), out, index)
+        else:
+            passes.reorder(matrix, index, divisor, out, upper=divisor is not None)
         return out
     if divisor is None:
         return matrix[index][:, index].to(dtype)

@@ -1,9 +1,10 @@
 """Columns of x in the order of kernel tiles, for weights whose groups are not runs of columns (act-order).
 
-    out[m, c] = x[m, order[c]], or 0 where order[c] is -1
+    out[m, c] = x[m, order[c]], or 0 where order[c] is -1; or x[rows[m], order[c]]
 
-Dispatch runs it before matmul.py, large.py and a product with what dequantize.py makes. A row goes to shared memory as
-a whole, where neighbours in the new order need not be neighbours; from L2, each two bytes would bring 32.
+Dispatch runs it before matmul.py, large.py and a product with what dequantize.py makes, the solver on Hessians. A row
+goes to shared memory as a whole, where neighbours in the new order need not be neighbours; from L2, each two bytes
+would bring 32.
 """
 
 import triton
@@ -19,10 +20,10 @@ PROGRAMS = 256  # that keep a GPU busy
 
 @triton.jit(
     do_not_specialize=["K", "C", "stride_xm", "stride_om"],
-    do_not_specialize_on_alignment=["x_ptr", "order_ptr", "out_ptr"],
+    do_not_specialize_on_alignment=["x_ptr", "order_ptr", "rows_ptr", "out_ptr"],
 )
 def gather_kernel(
-    x_ptr, order_ptr, out_ptr, K, C, stride_xm, stride_om,
+    x_ptr, order_ptr, rows_ptr, out_ptr, K, C, stride_xm, stride_om,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C columns of a row of out a program."""
@@ -31,7 +32,7 @@ def gather_kernel(
     # Which columns are mine
     m = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_C
-    x_ptr += m * stride_xm
+    x_ptr += (m if rows_ptr is None else tl.load(rows_ptr + m)) * stride_xm
     order_ptr += first
     out_ptr += m * stride_om + first
     offs_c = tl.arange(0, BLOCK_C)
@@ -57,13 +58,16 @@ def gather_kernel(
     tl.store(out_ptr + offs_c, values, mask=mask)
 
 
-def gather(x: Tensor, order: Tensor, out: Tensor, *, pdl: bool = False, whole_row: int = WHOLE_ROW) -> None:
+def gather(
+    x: Tensor, order: Tensor, out: Tensor, rows: Tensor | None = None, *, pdl: bool = False, whole_row: int = WHOLE_ROW
+) -> None:
     """Launch on the current stream of the device of x; out is overwritten.
 
     Args:
-        x: (M, K), any dtype, unit stride along K.
+        x: (M, K), or with more rows, any dtype, unit stride along K.
         order: int32 (C,), in [-1, K).
-        out: (M, C), the dtype of x, unit stride along C; M and C at least 1.
+        out: (M, C), the dtype of x or a wider one, unit stride along C; M and C at least 1.
+        rows: int64 (M,), which row of x is meant; default: each one.
         pdl: Programmatic dependent launch (sm_90 on).
         whole_row: Bytes of the longest row that goes to shared memory.
     """
@@ -79,7 +83,7 @@ def gather(x: Tensor, order: Tensor, out: Tensor, *, pdl: bool = False, whole_ro
     }  # fmt: skip
     options = {"num_warps": _warps(block_k if whole else 0, block_c)} | ({"launch_pdl": True} if pdl else {})
     integers = K, C, x.stride(0), out.stride(0)
-    run(gather_kernel, (M, triton.cdiv(C, block_c)), (x, order, out), integers, constants, **options)
+    run(gather_kernel, (M, triton.cdiv(C, block_c)), (x, order, rows, out), integers, constants, **options)
 
 
 def _warps(block_k: int, block_c: int) -> int:
@@ -89,7 +93,7 @@ def _warps(block_k: int, block_c: int) -> int:
 
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of x) and constants
 VARIANTS = tuple(
-    {"kernel": gather_kernel, "x_ptr": "x", "order_ptr": "i32", "out_ptr": "x",
+    {"kernel": gather_kernel, "x_ptr": "x", "order_ptr": "i32", "rows_ptr": None if whole else "i64", "out_ptr": "x",
      "WHOLE": whole, "ALIGNED": whole, "PDL": False, "BLOCK_K": 4096 if whole else 0, "BLOCK_C": 2048}
     for whole in (True, False)
 )  # fmt: skip

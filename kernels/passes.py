@@ -3,6 +3,7 @@
 high + low / unit = matrix / scale, by columns         float16 halves of float32, as `gptq_triton.halves` has them
 out[i, j] = matrix[index[i], index[j]] / divisor[index[j]]     and 0 below the diagonal, if it is to be upper
 out = matrix * rows[:, None] * columns                 or that taken off what is there
+out[k, n] = scales[group[k], n] * (codes[k, n] - zeros[group[k], n])
 """
 
 import triton
@@ -164,6 +165,45 @@ def scale(
     run(scale_kernel, grid, (matrix, rows, columns, out), (R, C, out.stride(0)), constants, **options)
 
 
+@triton.jit(
+    do_not_specialize=["K", "N"],
+    do_not_specialize_on_alignment=["codes_ptr", "groups_ptr", "scales_ptr", "zeros_ptr", "out_ptr"],
+)
+def values_kernel(
+    codes_ptr, groups_ptr, scales_ptr, zeros_ptr, out_ptr, K, N, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """One (BLOCK_R, BLOCK_C) tile a program."""
+    rows, columns, mask_r, mask_c = _tile(K, N, BLOCK_R, BLOCK_C)
+    mask = mask_r[:, None] & mask_c[None, :]
+    offs = rows[:, None] * N + columns[None, :]
+    codes = tl.load(codes_ptr + offs, mask=mask, other=0).to(tl.float32)
+    group = tl.load(groups_ptr + rows, mask=mask_r, other=0)[:, None] * N + columns[None, :]
+    scales = tl.load(scales_ptr + group, mask=mask, other=0.0).to(tl.float32)
+    zeros = tl.load(zeros_ptr + group, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, scales * (codes - zeros), mask=mask)
+
+
+def values(
+    codes: Tensor, groups: Tensor, scales: Tensor, zeros: Tensor, out: Tensor,
+    *, block_r: int = 16, block_c: int = 128, num_warps: int = 4,
+) -> None:  # fmt: skip
+    """Launch on the current stream of the codes' device; all are contiguous; out is overwritten.
+
+    Args:
+        codes: uint8 (K, N).
+        groups: Each row's, int64 (K,).
+        scales: 16 bits or float32 (G, N).
+        zeros: float32 (G, N).
+        out: float32 (K, N).
+        block_r, block_c: Of a tile, powers of two.
+        num_warps: Warps per program.
+    """
+    K, N = codes.shape
+    constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
+    grid = triton.cdiv(K, block_r), triton.cdiv(N, block_c)
+    run(values_kernel, grid, (codes, groups, scales, zeros, out), (K, N), constants, num_warps=num_warps)
+
+
 def _strides(matrix: Tensor) -> tuple[int, bool]:
     """The stride that is not 1, and whether it is that along columns."""
     down, along = matrix.stride()
@@ -194,4 +234,6 @@ VARIANTS = (
          "LESS": less, "BLOCK_R": 16, "BLOCK_C": 128}
         for less in (False, True)
     ),
+    {"kernel": values_kernel, "codes_ptr": "u8", "groups_ptr": "i64", "scales_ptr": "x", "zeros_ptr": "fp32",
+     "out_ptr": "fp32", "BLOCK_R": 16, "BLOCK_C": 128},
 )  # fmt: skip

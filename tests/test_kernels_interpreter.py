@@ -19,7 +19,7 @@ from gptq_triton.halves import LOW, Halves, column_scales
 from gptq_triton.hessian import Hessian, factorize
 from gptq_triton.layout import TiledWeight, tile_weight
 from gptq_triton.quantizer import encode, mse_shares
-from gptq_triton.refinement import Members, Metric, kept_shares, losses, refit_scales
+from gptq_triton.refinement import Members, Metric, Rounded, kept_shares, losses, refit_scales
 from gptq_triton.solver import SolverOptions, _order, _round_to_nearest
 from gptq_triton.spec import BITS, QuantSpec
 from gptq_triton.walk import find_groups, walk
@@ -160,6 +160,12 @@ def test_gather(M, K, C, dtype, whole_row):
     out = poisoned(torch.full((M, C), float("nan"), dtype=dtype))
     gather(poisoned(x), guarded(order), out, whole_row=whole_row)
     assert torch.equal(out, torch.where(order >= 0, x[:, order.long()], 0))
+    rows = torch.randint(0, M, (M,), generator=generator(K))
+    gather(poisoned(x), guarded(order), out, guarded(rows), whole_row=whole_row)
+    assert torch.equal(out, torch.where(order >= 0, x[rows][:, order.long()], 0))
+    wider = torch.full((M, C), float("nan"), dtype=torch.float64)
+    gather(x, order, wider, rows, whole_row=whole_row)
+    assert torch.equal(wider, out.double())
 
 
 SLOW = settings(deadline=None, max_examples=20)  # a column takes milliseconds
@@ -426,6 +432,28 @@ def test_scale_is_two_products_to_the_bit(R, C, less, seed):
     assert (around[:, C:] == 7).all()
     scale(matrix, rows, columns, matrix, less=False)
     assert torch.equal(matrix, expected)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    K=st.integers(1, 40),
+    N=st.integers(1, 200),
+    bits=st.sampled_from(BITS),
+    scale_dtype=st.sampled_from(SCALES),
+    seed=st.integers(0, 99),
+)
+def test_values_are_those_of_dequantize_to_the_bit(K, N, bits, scale_dtype, seed):
+    from gptq_triton.kernels.passes import values
+
+    rng, G = generator(seed), 3
+    codes = torch.randint(0, 2**bits, (K, N), generator=rng, dtype=torch.uint8)
+    scales = (torch.rand(G, N, generator=rng) + 0.01).to(scale_dtype)
+    zeros = torch.randint(0, 2**bits, (G, N), generator=rng).float()
+    groups = torch.randint(0, G, (K,), generator=rng)
+    out = torch.full((K + 1, N), 7.0)
+    values(codes, groups, guarded(scales), guarded(zeros), out[:K])
+    assert torch.equal(out[:K], Rounded(codes, scales, zeros, groups).dequantize())
+    assert (out[K] == 7).all()
 
 
 def test_passes_need_a_unit_stride():

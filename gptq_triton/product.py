@@ -197,8 +197,9 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     digits_of_x = digits_module.prepare_digits(
         device,
         problem.dtype,
+        K=K,
         ordered=operands.ordered,
-        aligned=operands.aligned,
+        aligned=operands.aligned and K % 8 == 0,
         subgroups=subgroups,
         tiles=0 if wide else plan.tiles,
         rows=rows if wide else 0,
@@ -213,7 +214,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     if split > 1:
         words += split * tiles * 16 * plan.strips_of_program * rows
     counters = tiles if split > 1 else 0
-    grid = -(-steps // digits_module.STEPS)
+    grid = -(-steps // digits_module.blocking(K, operands.ordered)[0])
     no_x = () if wide else (None, None)
     sizes = (M, N, steps, strips, N) if wide else (M, N, K, steps, strips, K, N)
     scratch = _scratch(device)

@@ -16,6 +16,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .launch import Launch, prepare
 
 STEPS = 2  # of a program
+STEPS_IN_ORDER = 16  # of one that has a whole row of x in shared memory, where any order is read alike
+LONGEST = 1 << 15  # numbers of such a row
+
+
+def blocking(K: int, ordered: bool) -> tuple[int, int]:
+    """Steps of a program, and how many numbers of x, a power of two, it has in shared memory for them."""
+    whole = triton.next_power_of_2(K) if ordered and K <= LONGEST else 0
+    return STEPS_IN_ORDER if whole else STEPS, whole
 
 
 @triton.jit
@@ -46,6 +54,7 @@ def digits_kernel(
     ROWS: tl.constexpr,
     SUBGROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BLOCK steps of one row of x a program."""
@@ -60,12 +69,19 @@ def digits_kernel(
     offs = step[:, None] * 128 + tl.arange(0, 128)[None, :]
     if order_ptr is not None:
         offs = tl.load(order_ptr + offs, mask=mask[:, None], other=-1)
-    if ALIGNED:
-        x_ptr = tl.multiple_of(x_ptr, 16)
-        stride_xm = tl.multiple_of(stride_xm, 8)
+    x_ptr += m.to(tl.int64) * stride_xm
     if PDL:
         gdc_wait()
-    x = tl.load(x_ptr + m.to(tl.int64) * stride_xm + offs, mask=(offs >= 0) & (offs < K) & mask[:, None], other=0)
+    if WHOLE > 0:
+        if ALIGNED:  # the same, and Triton knows what divides it
+            x_ptr, K = tl.multiple_of(x_ptr, 16), K // 8 * 8
+        columns = tl.arange(0, WHOLE)
+        row = tl.load(x_ptr + columns, mask=columns < K, other=0)
+        flat = tl.reshape(offs, (BLOCK * 128,))
+        x = tl.gather(row, tl.maximum(flat, 0), 0)
+        x = tl.reshape(tl.where(flat >= 0, x, tl.zeros_like(x)), (BLOCK, 128))
+    else:
+        x = tl.load(x_ptr + offs, mask=(offs >= 0) & (offs < K) & mask[:, None], other=0)
     integers, unit = split_digits(x.to(tl.float32))
 
     # Digits, four to a word: column 32 s + 16 hb + 8 i1 + 2 t + i0 is byte 2 i0 + i1 of word (s, hb) of lane 4 n + t
@@ -107,22 +123,24 @@ def digits_kernel(
 
 
 def prepare_digits(
-    device: int, dtype: torch.dtype, *, ordered: bool, aligned: bool, subgroups: int, tiles: int, rows: int, pdl: bool
-) -> Launch:
+    device: int, dtype: torch.dtype, *, K: int, ordered: bool, aligned: bool, subgroups: int, tiles: int, rows: int,
+    pdl: bool,
+) -> Launch:  # fmt: skip
     """Compile for these constants.
 
     Args:
         device: Index of the GPU.
         dtype: Of x: float16 or bfloat16.
+        K: Columns of x, as far as `blocking` goes by them.
         ordered: Whether there is an order.
-        aligned: Rows of x start at multiples of 16 bytes.
+        aligned: Rows of x start at multiples of 16 bytes, and K is a multiple of 8.
         subgroups: 1, 2 or 4 to a step.
         tiles: For decode.py: tiles of four rows of x; else 0.
         rows: For wide.py: rows of x in a block; else 0.
         pdl: Programmatic dependent launch (sm_90 on).
 
     Returns:
-        ``launch(ceil(steps / STEPS), M, stream, x, order, digits, sums, M, K, steps, stride_xm)``, which writes what
+        ``launch(ceil(steps / blocking's), M, stream, x, order, digits, sums, M, K, steps, stride_xm)``, which writes what
         belongs to rows of x:
 
         - x: (M, K), unit stride along K.
@@ -131,8 +149,10 @@ def prepare_digits(
         - sums: for decode.py int32 (steps, tiles, 32, subgroups, 2): the bits of the unit and minus the subgroup's sum;
           for wide.py (steps, 2 * subgroups, rows): the bits of the unit, then minus the sums.
     """
+    block, whole = blocking(K, ordered)
     constants = {
-        "ALIGNED": aligned, "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "BLOCK": STEPS, "PDL": pdl
+        "ALIGNED": aligned, "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "BLOCK": block, "WHOLE": whole,
+        "PDL": pdl,
     }  # fmt: skip
     pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)
-    return prepare(digits_kernel, device, pointers, 4, constants, num_warps=1, launch_pdl=pdl)
+    return prepare(digits_kernel, device, pointers, 4, constants, num_warps=8 if whole else 1, launch_pdl=pdl)

@@ -20,18 +20,21 @@ pytestmark = [
 ]
 
 
-def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+def run(
+    x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool, whole: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's integers (M, steps * 128), units (M, steps) and sums (M, steps, subgroups)."""
-    from gptq_triton.kernels.digits import STEPS, digits_kernel
+    from gptq_triton.kernels.digits import blocking, digits_kernel
 
     M, K = x.shape
+    block, row = blocking(K, ordered=whole and order is not None)
     rows = 16 if wide else 0
     tiles = 0 if wide else -(-M // 4)
     digits = torch.full((steps, 16, 64) if wide else (steps, tiles, 256), -1, dtype=torch.int32)
     sums = torch.full((steps, 2 * subgroups, 16) if wide else (steps, tiles, 32, 2 * subgroups), -1, dtype=torch.int32)
-    digits_kernel[(-(-steps // STEPS), M)](
+    digits_kernel[(-(-steps // block), M)](
         x, order, digits, sums, M, K, steps, x.stride(0),
-        ALIGNED=False, TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, BLOCK=STEPS, PDL=False,
+        ALIGNED=False, TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, BLOCK=block, WHOLE=row, PDL=False,
     )  # fmt: skip
     integers = torch.empty(M, steps, 128, dtype=torch.int64)
     units, totals = torch.empty(M, steps), torch.empty(M, steps, subgroups, dtype=torch.int64)
@@ -70,10 +73,11 @@ def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool)
     subgroups=st.sampled_from((1, 2, 4)),
     wide=st.booleans(),
     ordered=st.booleans(),
+    whole=st.booleans(),
     exponent=st.integers(-12, 12),
     seed=st.integers(0, 99),
 )
-def test_digits_are_x(M, K, subgroups, wide, ordered, exponent, seed):
+def test_digits_are_x(M, K, subgroups, wide, ordered, whole, exponent, seed):
     rng = generator(seed)
     x = (torch.randn(M, K, generator=rng) * 2.0**exponent).half()
     steps = -(-K // 128)
@@ -82,7 +86,7 @@ def test_digits_are_x(M, K, subgroups, wide, ordered, exponent, seed):
         order = torch.full((128 * steps,), -1, dtype=torch.int32)
         order[torch.randperm(128 * steps, generator=rng)[:K]] = torch.arange(K, dtype=torch.int32)
         expected = torch.where(order >= 0, x[:, order.clamp(min=0).long()], 0)
-    integers, units, totals = run(x, order, steps, subgroups, wide)
+    integers, units, totals = run(x, order, steps, subgroups, wide, whole)
     expected = expected.double().view(M, steps, 128)
     found = integers.double().view(M, steps, 128) * units.double()[:, :, None]
     error, largest = (found - expected).abs(), expected.abs().amax(2)
@@ -99,5 +103,5 @@ def test_digits_are_x(M, K, subgroups, wide, ordered, exponent, seed):
 def test_what_is_not_finite_is_seen(bad):
     x = torch.randn(3, 256, generator=generator(0)).half()
     x[1, 200] = bad
-    _, units, _ = run(x, None, 2, 1, False)
+    _, units, _ = run(x, None, 2, 1, wide=False, whole=False)
     assert units.isnan().tolist() == [[False, False], [False, True], [False, False]]

@@ -32,8 +32,6 @@ def floats(words: Tensor, meta: Tensor, scales: Tensor | None, bits: int, group_
 class Kernels:
     """Stands for every module of kernels; remembers the launches of those that take addresses."""
 
-    STEPS = 2
-
     def __init__(self) -> None:
         self.launches: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = []
 
@@ -42,6 +40,9 @@ class Kernels:
 
     def _prepare(self, name: str, *given: Any, **options: Any) -> Any:
         return lambda *arguments: self.launches.append((name, options, arguments))
+
+    def blocking(self, K: int, ordered: bool) -> tuple[int, int]:
+        return (16, K) if ordered else (2, 0)
 
     def prepare_digits(self, *given: Any, **options: Any) -> Any:
         return self._prepare("digits", *given, **options)
@@ -236,7 +237,8 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
         subgroups = 128 // group_size
         assert kind == ("wide" if isinstance(plan, WidePlan) else "decode")
         assert taken["subgroups"] == subgroups
-        assert digits[:2] == (math.ceil(tiled.steps / 2), M)
+        assert taken["K"] == 1536
+            assert digits[:2] == (math.ceil(tiled.steps / (16 if taken["ordered"] else 2)), M)
         assert digits[3:7] == (x.data_ptr(), tiled.order.data_ptr(), *main[3:5])
         assert digits[7:] == (M, 1536, tiled.steps, 1536)
         assert main[3] == begin

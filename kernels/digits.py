@@ -140,8 +140,8 @@ def prepare_digits(
         pdl: Programmatic dependent launch (sm_90 on).
 
     Returns:
-        ``launch(ceil(steps / blocking's), M, stream, x, order, digits, sums, M, K, steps, stride_xm)``, which writes what
-        belongs to rows of x:
+        ``launch(programs, M, stream, x, order, digits, sums, M, K, steps, stride_xm)``, with enough programs for all
+        steps (`blocking`), which writes what belongs to rows of x:
 
         - x: (M, K), unit stride along K.
         - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.

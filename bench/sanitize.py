@@ -4,7 +4,8 @@
     python bench/sanitize.py --tools memcheck --bits 4
 
 Exact data, so each plan has one right answer, which is checked too. A width is a process of its own; it runs once
-without the tool, which compiles. A racecheck warning is not an error; both are counted.
+without the tool, which compiles. A racecheck warning is not an error; both are counted. "control" is a kernel of
+`warp_specialize` in which two groups of warps do nothing but store a number each: what is reported of it is Triton's.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from typing import Any
 import torch
 from ledger import Ledger
 from record import folder, provenance
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 TOOLS = ("memcheck", "racecheck")
+CONTROL = "control"
 ROWS = (1, 3, 16, 40, 300)  # of x, and of dy
 K, N = 640, 272
 SECONDS = 150  # for one width and tool
@@ -30,6 +34,29 @@ METHOD = (
     "compute-sanitizer over every kind of plan, where it can with two programs that meet, for "
     f"{', '.join(map(str, ROWS))} rows, forward and gradient, N = {N}, K = {K}, fp16, groups of 128, exact data"
 )
+
+
+@gluon.jit
+def _store(out_ptr, place: gl.constexpr):
+    gl.store(out_ptr + place, place)
+
+
+@gluon.jit
+def control_kernel(out_ptr):
+    gl.warp_specialize([(_store, (out_ptr, 0)), (_store, (out_ptr, 1))], [4], [24])
+
+
+def control() -> int:
+    """Run the control kernel.
+
+    Raises:
+        ArithmeticError: It does not store what it should.
+    """
+    out = torch.full((2,), -1, dtype=torch.int32, device="cuda")
+    control_kernel[(4,)](out, num_warps=4)  # pyright: ignore[reportIndexIssue, reportCallIssue]
+    if out.tolist() != [0, 1]:
+        raise ArithmeticError(f"the control kernel must store [0, 1], got {out.tolist()}")
+    return 1
 
 
 def products(bits: int) -> int:
@@ -73,35 +100,36 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4, 8), default=(2, 3, 4, 8))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--here", action="store_true", help="run the products, in this process")
+    parser.add_argument("--here", metavar="BITS", help=f"run products of this width in this process, or the {CONTROL}")
     options = parser.parse_args()
-    if options.here:
-        print(f"{sum(map(products, options.bits))} products")
+    if options.here is not None:
+        count = control() if options.here == CONTROL else products(int(options.here))
+        print(f"{count} products")
         return
-    out = options.out or folder() / "sanitizer.json"
-    ledger = Ledger(out, provenance(METHOD), renew=True, identity=("tool", "bits"))
-    started(options.bits, [])  # compiles
+    ledger = Ledger(options.out or folder() / "sanitizer.json", provenance(METHOD), renew=True, identity=("tool", "of"))
+    what = [*map(str, options.bits), CONTROL]
+    started(what, [])  # compiles
     for tool in options.tools:
-        for bits, output in started(options.bits, [_sanitizer(), "--tool", tool]).items():
-            ledger.add([outcome(tool, bits, output)])
+        for name, output in started(what, [_sanitizer(), "--tool", tool]).items():
+            ledger.add([outcome(tool, name, output)])
 
 
-def started(widths: list[int], before: list[str]) -> dict[int, str]:
+def started(what: list[str], before: list[str]) -> dict[str, str]:
     """What a process for each width prints, all at once."""
-    child = [*before, sys.executable, __file__, "--here", "--bits"]
+    child = [*before, sys.executable, __file__, "--here"]
     running = {
-        bits: subprocess.Popen(
-            ["timeout", str(SECONDS), *child, str(bits)],
+        name: subprocess.Popen(
+            ["timeout", str(SECONDS), *child, name],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        for bits in widths
+        for name in what
     }  # fmt: skip
-    return {bits: process.communicate()[0] for bits, process in running.items()}
+    return {name: process.communicate()[0] for name, process in running.items()}
 
 
-def outcome(tool: str, bits: int, output: str) -> dict[str, Any]:
+def outcome(tool: str, name: str, output: str) -> dict[str, Any]:
     """The row of what the tool printed."""
-    row: dict[str, Any] = {"tool": tool, "bits": bits}
+    row: dict[str, Any] = {"tool": tool, "of": name if name == CONTROL else f"{name} bits"}
     products, errors = re.search(r"^(\d+) products", output, re.M), re.search(r"ERROR SUMMARY: (\d+) error", output)
     races = re.search(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)", output)
     found = errors or races

@@ -76,7 +76,7 @@ def walk(
             group is to be found.
         cuts: What `cut` makes of ``grid.g_idx[order]`` and the options.
     """
-    K, N = columns.shape
+    (K, N), columns = columns.shape, columns.contiguous()
     groups = grid.g_idx[order]
     cuts = cut(groups, options) if cuts is None else cuts
     scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (grid.scales, grid.zeros))
@@ -92,7 +92,7 @@ def walk(
 
     for strip in cuts.strips:
         first, last = strip[0][0], strip[-1][1]
-        near, change = reach(first, last, first), columns[first:last].clone()
+        near, change = reach(first, last, first), torch.empty_like(columns[first:last])
         for start, stop in strip:
             spread, inside = next(spreads), slice(start - first, stop - first)
             tile = torch.addmm(columns[start:stop], spread[: stop - start, : stop - start].t(), near[inside])
@@ -106,9 +106,9 @@ def walk(
                         rows = rows + solve_triangular(ahead, reach(start, end, start), upper=False, unitriangular=True)
                 here = scales[group : group + 1], zeros[group : group + 1]
                 find_groups(rows, factor.cost[start:end], end - start, spec, options, *here)
-            step(tile, spread, start)
-            own = change[inside].sub_(tile)
-            near[stop - first :].addmm_(unit[start:stop, stop:last].t(), own)
+            step(tile, columns[start:stop], change[inside], spread, start)
+            if stop < last:
+                near[stop - first :].addmm_(unit[start:stop, stop:last].t(), change[inside])
         errors[first:last] = change
     return Rounded(codes, scales, zeros, grid.g_idx)
 
@@ -191,9 +191,9 @@ class _Walk:
     spec: QuantSpec
 
 
-# replaces a tile (columns, N), that starts at a column, by what its codes stand for; the block's inverse, at least of
-# the tile's size, is given too
-Step = Callable[[Tensor, Tensor, int], None]
+# rounds a tile (columns, N), that starts at a column: what was moved onto the columns, these as they were, room for how
+# much less their codes stand for, the inverse of a block at least as long
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, int], None]
 
 
 def _loop(walk: _Walk) -> Step:
@@ -201,7 +201,7 @@ def _loop(walk: _Walk) -> Step:
     groups, positions, inside = walk.groups.tolist(), walk.order.tolist(), walk.cuts.inside
     scales, zeros, codes, spec = walk.scales, walk.zeros, walk.codes, walk.spec
 
-    def step(tile: Tensor, spread: Tensor, start: int) -> None:
+    def step(tile: Tensor, columns: Tensor, change: Tensor, spread: Tensor, start: int) -> None:
         for j in range(len(tile)):
             group = groups[start + j]
             if start + j in inside:
@@ -213,7 +213,7 @@ def _loop(walk: _Walk) -> Step:
             codes[positions[start + j]] = code
             value = (code - zero).mul_(scale)
             tile[j + 1 :].addr_(spread[j, j + 1 : len(tile)], tile[j] - value, alpha=-1)
-            tile[j] = value
+            torch.sub(columns[j], value, out=change[j])
 
     return step
 
@@ -225,8 +225,8 @@ def _kernel(walk: _Walk) -> Step:
     groups, positions = walk.groups.to(torch.int32), walk.order.to(torch.int32)
     runs = walk.cuts.runs if walk.cuts.inside else None
 
-    def step(tile: Tensor, spread: Tensor, start: int) -> None:
-        tensors = tile, spread, groups, runs, positions, walk.scales, walk.zeros, walk.codes
+    def step(tile: Tensor, columns: Tensor, change: Tensor, spread: Tensor, start: int) -> None:
+        tensors = tile, columns, change, spread, groups, runs, positions, walk.scales, walk.zeros, walk.codes
         solve(*tensors, first=start, maxq=walk.spec.maxq, sym=walk.spec.sym)
 
     return step

@@ -1,6 +1,7 @@
 """One block of columns of GPTQ, rounded one after another, each error moved onto the columns of the block that follow.
 
     q[j] = scale * (code[j] - zero)        w[i] -= F[j, i] (w[j] - q[j]) for i > j in the block
+    change[j] = columns[j] - q[j]          w[j] being columns[j] and what was moved onto it
 
 `gptq_triton.walk` runs it where a weight is on a GPU, unless ``SolverOptions.fused`` is off; columns after the block
 are its caller's. Rows of a weight do not interact, so a program keeps some of them. Every operation is rounded as the
@@ -48,6 +49,8 @@ def grid_of(low, high, maxq, dtype: tl.constexpr, SYM: tl.constexpr):
 @triton.jit(do_not_specialize=["first", "count", "maxq", "N"])
 def solve_kernel(
     tile_ptr,
+    columns_ptr,
+    change_ptr,
     spread_ptr,
     groups_ptr,
     runs_ptr,
@@ -85,7 +88,7 @@ def solve_kernel(
     group = tl.load(groups_ptr + first).to(tl.int64)  # it may have started in the block before
     scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=1.0).to(tl.float32)
     zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
-    values_ptrs = tile_ptr + offs_n
+    columns_ptrs, change_ptrs = columns_ptr + offs_n, change_ptr + offs_n
     row_ptrs = spread_ptr + offs_s[:, None] + tl.zeros([1, BLOCK_N], tl.int32)
 
     # Walk the columns
@@ -94,6 +97,7 @@ def solve_kernel(
             j = s * SUB + own_j
             group = tl.load(groups_ptr + first + j).to(tl.int64)
             position = tl.load(positions_ptr + first + j).to(tl.int64)
+            original = tl.load(columns_ptrs, mask=mask_n, other=0.0)
             if FIND:
                 run = tl.load(runs_ptr + first + j)
                 if run > 0:
@@ -124,14 +128,17 @@ def solve_kernel(
                 moved = moved + (parts[p] - row * miss[None, :],)
             parts = moved
             tl.store(codes_ptr + position * N + offs_n, code.to(tl.uint8), mask=mask_n)
-            tl.store(values_ptrs, value, mask=mask_n)
-            values_ptrs += N
+            tl.store(change_ptrs, original - value, mask=mask_n)
+            columns_ptrs += N
+            change_ptrs += N
             scale, zero = next_scale, next_zero
         parts = parts[1:]
 
 
 def solve(
     tile: Tensor,
+    columns: Tensor,
+    change: Tensor,
     spread: Tensor,
     groups: Tensor,
     runs: Tensor | None,
@@ -150,7 +157,9 @@ def solve(
 
     Args:
         tile: float32 (count, N), 1 to BLOCK_K columns of the block in processing order, errors of those before it
-            already moved onto them; overwritten by what their codes stand for.
+            already moved onto them.
+        columns: The same as they were, float32 (count, N).
+        change: How much less their codes stand for, float32 (count, N), overwritten.
         spread: float32 (BLOCK_K, BLOCK_K), contiguous, of which (count, count) above the diagonal matters.
         groups: int32 (K,), each column's group.
         runs: int32 (K,), where a group starts that is found here: its columns, all in this block; elsewhere 0.
@@ -166,7 +175,7 @@ def solve(
         num_warps: Warps per program.
     """
     count, N = tile.shape
-    pointers = tile, spread, groups, runs, positions, scales, zeros, codes
+    pointers = tile, columns, change, spread, groups, runs, positions, scales, zeros, codes
     constants = {
         "FIND": runs is not None, "SYM": sym, "BLOCK_K": BLOCK_K, "BLOCK_N": block_n, "SUB": SUB,
     }  # fmt: skip
@@ -180,6 +189,8 @@ SUB = 16  # of a part
 
 _POINTERS = {
     "tile_ptr": "fp32",
+    "columns_ptr": "fp32",
+    "change_ptr": "fp32",
     "spread_ptr": "fp32",
     "groups_ptr": "i32",
     "runs_ptr": "i32",

@@ -228,14 +228,15 @@ def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_gro
     got_scales, got_zeros, here = guarded(scales), guarded(zeros), slice(first, first + count)
     expected = inner_loop(columns, spread[:count, :count], groups[here], runs[here], scales, zeros, spec, options)
     tensors = torch.tensor(groups).int(), None if given_groups else torch.tensor(runs).int(), positions
-    values = guarded(columns)
+    original = random_rows(count, N, torch.float32, seed=seed + 1)
+    change = guarded(torch.full_like(columns, torch.nan))
     solve(
-        values, guarded(spread), *tensors, got_scales, got_zeros, codes,
+        guarded(columns), guarded(original), change, guarded(spread), *tensors, got_scales, got_zeros, codes,
         first=first, maxq=spec.maxq, sym=sym, **tile,
     )  # fmt: skip
     written = positions[here].long()
     assert torch.equal(codes[written], expected[0])
-    assert torch.equal(values, expected[1])
+    assert torch.equal(change, original - expected[1])
     assert torch.equal(got_scales, scales)
     assert torch.equal(got_zeros, zeros)
     codes[written] = 77

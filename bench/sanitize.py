@@ -25,6 +25,8 @@ from record import folder, provenance
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from gptq_triton.spec import BITS
+
 TOOLS = ("memcheck", "racecheck")
 CONTROL = "control"
 ROWS = (1, 3, 16, 40, 300)  # of x, and of dy
@@ -98,7 +100,7 @@ def products(bits: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4, 8), default=(2, 3, 4, 8))
+    parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=BITS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--here", metavar="BITS", help=f"run products of this width in this process, or the {CONTROL}")
     options = parser.parse_args()

@@ -92,24 +92,30 @@ def inner(left: Matrix, right: Matrix, into: Tensor | None = None, *, less: bool
         less: The product is taken off what is there.
     """
     if isinstance(left, Tensor) and isinstance(right, Tensor):
-        found = left.t() @ right
-        return found if into is None else into.sub_(found) if less else into.copy_(found)
-    if not isinstance(left, Halves) or not isinstance(right, Halves):
-        raise TypeError(f"both matrices must be halves, or neither, got {type(left)} and {type(right)}")
-    if not len(left.high):
-        total = left.scale.new_zeros(len(left.scale), len(right.scale))
-    else:
-        cross = _multiply(left.high, right.low)
-        cross = _multiply(left.low, right.high, cross, 1.0)
-        total = _multiply(left.high, right.high, cross, 1 / LOW)
-    out = total if into is None else into
-    if total.is_cuda:
-        from .kernels.passes import scale
+        total = left.t() @ right
+    elif isinstance(left, Halves) and isinstance(right, Halves):
+        total = _unscaled(left, right)
+        if total.is_cuda:
+            from .kernels.passes import scale
 
-        scale(total, left.scale, right.scale, out, less=less)
-        return out
-    total.mul_(left.scale[:, None]).mul_(right.scale)
-    return out.sub_(total) if less else out.copy_(total)
+            out = total if into is None else into
+            scale(total, left.scale, right.scale, out, less=less)
+            return out
+        total.mul_(left.scale[:, None]).mul_(right.scale)
+    else:
+        raise TypeError(f"both matrices must be halves, or neither, got {type(left)} and {type(right)}")
+    if into is None:
+        return total
+    return into.sub_(total) if less else into.copy_(total)
+
+
+def _unscaled(left: Halves, right: Halves) -> Tensor:
+    """`inner` before scales, float32."""
+    if not len(left.high):
+        return left.scale.new_zeros(len(left.scale), len(right.scale))
+    cross = _multiply(left.high, right.low)
+    cross = _multiply(left.low, right.high, cross, 1.0)
+    return _multiply(left.high, right.high, cross, 1 / LOW)
 
 
 def _multiply(left: Tensor, right: Tensor, added: Tensor | None = None, times: float = 0.0) -> Tensor:

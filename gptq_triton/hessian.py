@@ -138,10 +138,10 @@ def reordered(matrix: Tensor, index: Tensor, dtype: torch.dtype, divisor: Tensor
         from .kernels import gather, passes
 
         out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-        if divisor is None and matrix.stride(1) == 1:
-            gather.gather(matrix, index.to(torch.int32), out, index)
+        if divisor is None:
+            gather.gather(matrix.contiguous(), index.to(torch.int32), out, index)
         else:
-            passes.reorder(matrix, index, divisor, out, upper=divisor is not None)
+            passes.reorder(matrix, index, divisor, out)
         return out
     if divisor is None:
         return matrix[index][:, index].to(dtype)

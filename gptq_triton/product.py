@@ -199,7 +199,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         problem.dtype,
         K=K,
         ordered=operands.ordered,
-        aligned=operands.aligned and K % 8 == 0,
+        aligned=operands.aligned,
         subgroups=subgroups,
         tiles=0 if wide else plan.tiles,
         rows=rows if wide else 0,

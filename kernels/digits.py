@@ -13,17 +13,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .gather import in_order, numbers_of_row
 from .launch import Launch, prepare
 
 STEPS = 2  # of a program
 STEPS_IN_ORDER = 16  # of one that has a whole row of x in shared memory, where any order is read alike
-LONGEST = 1 << 15  # numbers of such a row
 
 
 def blocking(K: int, ordered: bool) -> tuple[int, int]:
-    """Steps of a program, and how many numbers of x, a power of two, it has in shared memory for them."""
-    whole = triton.next_power_of_2(K) if ordered and K <= LONGEST else 0
-    return STEPS_IN_ORDER if whole else STEPS, whole
+    """Steps of a program, and how many numbers of x, which have 16 bits, it has in shared memory for them."""
+    numbers = numbers_of_row(K, 2) if ordered else 0
+    return STEPS_IN_ORDER if numbers else STEPS, numbers
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def digits_kernel(
     ROWS: tl.constexpr,
     SUBGROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    NUMBERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BLOCK steps of one row of x a program."""
@@ -72,14 +72,10 @@ def digits_kernel(
     x_ptr += m.to(tl.int64) * stride_xm
     if PDL:
         gdc_wait()
-    if WHOLE > 0:
+    if NUMBERS > 0:
         if ALIGNED:  # the same, and Triton knows what divides it
             x_ptr, K = tl.multiple_of(x_ptr, 16), K // 8 * 8
-        columns = tl.arange(0, WHOLE)
-        row = tl.load(x_ptr + columns, mask=columns < K, other=0)
-        flat = tl.reshape(offs, (BLOCK * 128,))
-        x = tl.gather(row, tl.maximum(flat, 0), 0)
-        x = tl.reshape(tl.where(flat >= 0, x, tl.zeros_like(x)), (BLOCK, 128))
+        x = tl.reshape(in_order(x_ptr, tl.reshape(offs, (BLOCK * 128,)), K, NUMBERS), (BLOCK, 128))
     else:
         x = tl.load(x_ptr + offs, mask=(offs >= 0) & (offs < K) & mask[:, None], other=0)
     integers, unit = split_digits(x.to(tl.float32))
@@ -131,9 +127,9 @@ def prepare_digits(
     Args:
         device: Index of the GPU.
         dtype: Of x: float16 or bfloat16.
-        K: Columns of x, as far as `blocking` goes by them.
+        K: Columns of x.
         ordered: Whether there is an order.
-        aligned: Rows of x start at multiples of 16 bytes, and K is a multiple of 8.
+        aligned: Rows of x start at multiples of 16 bytes.
         subgroups: 1, 2 or 4 to a step.
         tiles: For decode.py: tiles of four rows of x; else 0.
         rows: For wide.py: rows of x in a block; else 0.
@@ -149,10 +145,10 @@ def prepare_digits(
         - sums: for decode.py int32 (steps, tiles, 32, subgroups, 2): the bits of the unit and minus the subgroup's sum;
           for wide.py (steps, 2 * subgroups, rows): the bits of the unit, then minus the sums.
     """
-    block, whole = blocking(K, ordered)
+    block, numbers = blocking(K, ordered)
     constants = {
-        "ALIGNED": aligned, "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "BLOCK": block, "WHOLE": whole,
-        "PDL": pdl,
+        "ALIGNED": numbers > 0 and aligned and K % 8 == 0, "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups,
+        "BLOCK": block, "NUMBERS": numbers, "PDL": pdl,
     }  # fmt: skip
     pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)
-    return prepare(digits_kernel, device, pointers, 4, constants, num_warps=8 if whole else 1, launch_pdl=pdl)
+    return prepare(digits_kernel, device, pointers, 4, constants, num_warps=8 if numbers else 1, launch_pdl=pdl)

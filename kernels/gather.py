@@ -18,13 +18,28 @@ WHOLE_ROW = 1 << 16  # bytes of the longest row that shared memory holds, on any
 PROGRAMS = 256  # that keep a GPU busy
 
 
+def numbers_of_row(K: int, size: int, whole_row: int = WHOLE_ROW) -> int:
+    """How many numbers of so many bytes, a power of two, a row of K takes in shared memory; 0 if it is too long."""
+    numbers = triton.next_power_of_2(K)
+    return numbers if numbers * size <= whole_row else 0
+
+
+@triton.jit
+def in_order(row_ptr, order, K, NUMBERS: tl.constexpr):
+    """Numbers of a row of K in an order (C,), by way of shared memory; 0 where the order is -1."""
+    offs_k = tl.arange(0, NUMBERS)
+    row = tl.load(row_ptr + offs_k, mask=offs_k < K, other=0)
+    values = tl.gather(row, tl.maximum(order, 0), 0)
+    return tl.where(order >= 0, values, tl.zeros_like(values))
+
+
 @triton.jit(
     do_not_specialize=["K", "C", "stride_xm", "stride_om"],
     do_not_specialize_on_alignment=["x_ptr", "order_ptr", "rows_ptr", "out_ptr"],
 )
 def gather_kernel(
     x_ptr, order_ptr, rows_ptr, out_ptr, K, C, stride_xm, stride_om,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGNED: tl.constexpr, PDL: tl.constexpr, NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C columns of a row of out a program."""
     if PDL:
@@ -46,11 +61,8 @@ def gather_kernel(
     # Load
     if PDL:
         gdc_wait()
-    if WHOLE:
-        offs_k = tl.arange(0, BLOCK_K)
-        row = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0)
-        values = tl.gather(row, tl.maximum(order, 0), 0)
-        values = tl.where(order >= 0, values, tl.zeros_like(values))
+    if NUMBERS > 0:
+        values = in_order(x_ptr, order, K, NUMBERS)
     else:
         values = tl.load(x_ptr + order, mask=order >= 0, other=0)
 
@@ -72,28 +84,22 @@ def gather(
         whole_row: Bytes of the longest row that goes to shared memory.
     """
     (M, C), K = out.shape, x.shape[1]
-    block_k = triton.next_power_of_2(K)
-    whole = block_k * x.element_size() <= whole_row
-    parts = max(1, min(8, PROGRAMS // M)) if whole else 8
+    numbers = numbers_of_row(K, x.element_size(), whole_row)
+    parts = max(1, min(8, PROGRAMS // M)) if numbers else 8
     block_c = max(128, triton.next_power_of_2(triton.cdiv(C, parts)))
     addresses = x.data_ptr() | order.data_ptr() | out.data_ptr()
     aligned = addresses % 16 == 0 and not any(n % 8 for n in (K, C, x.stride(0), out.stride(0)))
-    constants = {
-        "WHOLE": whole, "ALIGNED": aligned, "PDL": pdl, "BLOCK_K": block_k if whole else 0, "BLOCK_C": block_c,
-    }  # fmt: skip
-    options = {"num_warps": _warps(block_k if whole else 0, block_c)} | ({"launch_pdl": True} if pdl else {})
+    constants = {"ALIGNED": aligned, "PDL": pdl, "NUMBERS": numbers, "BLOCK_C": block_c}
+    # a thread has about 32 numbers of the row, and 16 columns
+    warps = max(4, min(32, max(numbers // 1024, block_c // 512)))
+    options = {"num_warps": warps} | ({"launch_pdl": True} if pdl else {})
     integers = K, C, x.stride(0), out.stride(0)
     run(gather_kernel, (M, triton.cdiv(C, block_c)), (x, order, rows, out), integers, constants, **options)
-
-
-def _warps(block_k: int, block_c: int) -> int:
-    """Per program: a thread has about 32 numbers of the row, and 16 columns."""
-    return max(4, min(32, max(block_k // 1024, block_c // 512)))
 
 
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of x) and constants
 VARIANTS = tuple(
     {"kernel": gather_kernel, "x_ptr": "x", "order_ptr": "i32", "rows_ptr": None if whole else "i64", "out_ptr": "x",
-     "WHOLE": whole, "ALIGNED": whole, "PDL": False, "BLOCK_K": 4096 if whole else 0, "BLOCK_C": 2048}
+     "ALIGNED": whole, "PDL": False, "NUMBERS": 4096 if whole else 0, "BLOCK_C": 2048}
     for whole in (True, False)
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """What the solver does to whole matrices, once through memory where PyTorch would go through it several times.
 
 high + low / unit = matrix / scale, by columns         float16 halves of float32, as `gptq_triton.halves` has them
-out[i, j] = matrix[index[i], index[j]] / divisor[index[j]]     and 0 below the diagonal, if it is to be upper
+out[i, j] = matrix[index[i], index[j]] / divisor[index[j]]     and 0 below the diagonal
 out = matrix * rows[:, None] * columns                 or that taken off what is there
 out[k, n] = scales[group[k], n] * (codes[k, n] - zeros[group[k], n])
 """
@@ -85,40 +85,37 @@ def split(
 )
 def reorder_kernel(
     matrix_ptr, index_ptr, divisor_ptr, out_ptr, n, stride,
-    UPPER: tl.constexpr, ACROSS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACROSS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_R, BLOCK_C) tile a program."""
     rows, columns, mask_r, mask_c = _tile(n, n, BLOCK_R, BLOCK_C)
     from_rows = tl.load(index_ptr + rows, mask=mask_r, other=0)
     from_columns = tl.load(index_ptr + columns, mask=mask_c, other=0)
     tile = _load(matrix_ptr, from_rows, from_columns, mask_r, mask_c, stride, ACROSS)
-    if divisor_ptr is not None:
-        divisor = tl.load(divisor_ptr + from_columns, mask=mask_c, other=1.0)[None, :] + tl.zeros_like(tile)
-        tile = tl.div_rn(tile, divisor) if tile.dtype == tl.float32 else tile / divisor
-    if UPPER:
-        tile = tl.where(rows[:, None] <= columns[None, :], tile, 0.0)
+    divisor = tl.load(divisor_ptr + from_columns, mask=mask_c, other=1.0)[None, :] + tl.zeros_like(tile)
+    tile = tl.div_rn(tile, divisor) if tile.dtype == tl.float32 else tile / divisor
+    tile = tl.where(rows[:, None] <= columns[None, :], tile, 0.0)
     out_ptrs = out_ptr + rows[:, None] * n + columns[None, :]
     tl.store(out_ptrs, tile.to(out_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_c[None, :])
 
 
 def reorder(
-    matrix: Tensor, index: Tensor, divisor: Tensor | None, out: Tensor, *, upper: bool,
-    block_r: int = 32, block_c: int = 64, num_warps: int = 4,
+    matrix: Tensor, index: Tensor, divisor: Tensor, out: Tensor,
+    *, block_r: int = 32, block_c: int = 64, num_warps: int = 4,
 ) -> None:  # fmt: skip
     """Launch on the current stream of the matrix's device; out is overwritten.
 
     Args:
         matrix: float32 or float64 (n, n), unit stride along rows or columns.
         index: int64 (n,).
-        divisor: Of columns, (n,), the dtype of the matrix, or None.
+        divisor: Of columns, (n,), the dtype of the matrix.
         out: float32 or float64 (n, n), contiguous.
-        upper: Nothing but zeros is wanted below the diagonal.
         block_r, block_c: Of a tile, powers of two.
         num_warps: Warps per program.
     """
     n = len(matrix)
     stride, across = _strides(matrix)
-    constants = {"UPPER": upper, "ACROSS": across, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    constants = {"ACROSS": across, "BLOCK_R": block_r, "BLOCK_C": block_c}
     grid = triton.cdiv(n, block_r), triton.cdiv(n, block_c)
     run(reorder_kernel, grid, (matrix, index, divisor, out), (n, stride), constants, num_warps=num_warps)
 
@@ -222,12 +219,9 @@ VARIANTS = (
         for across in (False, True)
     ),
     *(
-        {"kernel": reorder_kernel, "matrix_ptr": source, "index_ptr": "i64", "divisor_ptr": divisor, "out_ptr": out,
-         "UPPER": divisor is not None, "ACROSS": across, "BLOCK_R": 32, "BLOCK_C": 64}
-        for source, divisor, out, across in (
-            ("fp32", None, "fp64", False), ("fp32", None, "fp32", True), ("fp64", "fp64", "fp32", True),
-            ("fp32", "fp32", "fp32", False),
-        )
+        {"kernel": reorder_kernel, "matrix_ptr": kind, "index_ptr": "i64", "divisor_ptr": kind, "out_ptr": "fp32",
+         "ACROSS": across, "BLOCK_R": 32, "BLOCK_C": 64}
+        for kind, across in (("fp64", True), ("fp32", True), ("fp32", False))
     ),
     *(
         {"kernel": scale_kernel, "matrix_ptr": "fp32", "rows_ptr": "fp32", "columns_ptr": "fp32", "out_ptr": "fp32",

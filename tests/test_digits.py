@@ -27,14 +27,14 @@ def run(
     from gptq_triton.kernels.digits import blocking, digits_kernel
 
     M, K = x.shape
-    block, row = blocking(K, ordered=whole and order is not None)
+    block, numbers = blocking(K, ordered=whole and order is not None)
     rows = 16 if wide else 0
     tiles = 0 if wide else -(-M // 4)
     digits = torch.full((steps, 16, 64) if wide else (steps, tiles, 256), -1, dtype=torch.int32)
     sums = torch.full((steps, 2 * subgroups, 16) if wide else (steps, tiles, 32, 2 * subgroups), -1, dtype=torch.int32)
     digits_kernel[(-(-steps // block), M)](
         x, order, digits, sums, M, K, steps, x.stride(0),
-        ALIGNED=False, TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, BLOCK=block, WHOLE=row, PDL=False,
+        ALIGNED=False, TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, BLOCK=block, NUMBERS=numbers, PDL=False,
     )  # fmt: skip
     integers = torch.empty(M, steps, 128, dtype=torch.int64)
     units, totals = torch.empty(M, steps), torch.empty(M, steps, subgroups, dtype=torch.int64)

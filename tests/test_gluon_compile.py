@@ -165,17 +165,19 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_pa
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("wide", [False, True])
 def test_digits_compile(arch, wide, tmp_path):
-    from gptq_triton.kernels.digits import LONGEST, blocking, digits_kernel
+    from gptq_triton.kernels.digits import blocking, digits_kernel
+    from gptq_triton.kernels.gather import WHOLE_ROW
 
-    cases = ("fp16", None, True, 1, 4096), ("bf16", "i32", False, 4, LONGEST + 1), ("bf16", "i32", True, 1, LONGEST)
+    longest = WHOLE_ROW // 2
+    cases = ("fp16", None, True, 1, 4096), ("bf16", "i32", False, 4, longest + 1), ("bf16", "i32", True, 1, longest)
     for dtype, order, aligned, subgroups, K in cases:
-        block, whole = blocking(K, order is not None)
+        block, numbers = blocking(K, order is not None)
         constants = {
             "ALIGNED": aligned, "TILES": 0 if wide else 2, "ROWS": 16 if wide else 0, "SUBGROUPS": subgroups,
-            "BLOCK": block, "WHOLE": whole, "PDL": int(arch[3:]) >= 90,
+            "BLOCK": block, "NUMBERS": numbers, "PDL": int(arch[3:]) >= 90,
         }  # fmt: skip
         pointers = {"x_ptr": dtype, "order_ptr": order, "digits_ptr": "i32", "sums_ptr": "i32"}
-        warps = 8 if whole else 1
+        warps = 8 if numbers else 1
         binary = compiled(digits_kernel, pointers, ("M", "K", "steps", "stride_xm"), constants, arch, num_warps=warps)
         assert binary.metadata.shared <= SHARED_MEMORY[arch]
         assert "0 bytes spill stores" in ptxas_report(binary, tmp_path)

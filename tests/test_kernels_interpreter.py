@@ -400,20 +400,19 @@ def test_split_makes_halves_to_the_bit(R, C, across, spread, seed):
     n=st.integers(1, 100),
     dtypes=st.sampled_from(tuple(itertools.product((torch.float32, torch.float64), repeat=2))),
     across=st.booleans(),
-    divided=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_reorder_is_two_selections(n, dtypes, across, divided, seed):
+def test_reorder_is_two_selections(n, dtypes, across, seed):
     from gptq_triton.kernels.passes import reorder
 
     matrix = torch.randn(n, n, generator=generator(seed), dtype=dtypes[0])
     index = torch.randperm(n, generator=generator(seed))
-    divisor = 1 + torch.rand(n, generator=generator(seed), dtype=dtypes[0]) if divided else None
-    expected = (matrix / divisor if divided else matrix)[index][:, index].to(dtypes[1])
+    divisor = 1 + torch.rand(n, generator=generator(seed), dtype=dtypes[0])
+    expected = (matrix / divisor)[index][:, index].to(dtypes[1])
     out = torch.full((n + 1, n), 7, dtype=dtypes[1])
     given = matrix.t().contiguous().t() if across else matrix
-    reorder(given, index, divisor, out[:n], upper=divided)
-    assert torch.equal(out[:n], expected.triu() if divided else expected)
+    reorder(given, index, divisor, out[:n])
+    assert torch.equal(out[:n], expected.triu())
     assert (out[n] == 7).all()
 
 
@@ -461,4 +460,4 @@ def test_passes_need_a_unit_stride():
     from gptq_triton.kernels.passes import reorder
 
     with pytest.raises(ValueError, match=r"matrix must have a unit stride, got \(8, 2\)"):
-        reorder(torch.ones(4, 8)[:, ::2], torch.arange(4), None, torch.ones(4, 4), upper=False)
+        reorder(torch.ones(4, 8)[:, ::2], torch.arange(4), torch.ones(4), torch.ones(4, 4))

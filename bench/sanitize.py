@@ -5,7 +5,8 @@
 
 Exact data, so each plan has one right answer, which is checked too. A width is a process of its own; it runs once
 without the tool, which compiles. A racecheck warning is not an error; both are counted. "control" is a kernel of
-`warp_specialize` in which two groups of warps do nothing but store a number each: what is reported of it is Triton's.
+`warp_specialize` with groups of as many warps, which do nothing but store a number each: what is reported of it is
+Triton's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from record import folder, provenance
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from gptq_triton.kernels.common import barrier
 from gptq_triton.spec import BITS
 
 TOOLS = ("memcheck", "racecheck")
@@ -40,12 +42,13 @@ METHOD = (
 
 @gluon.jit
 def _store(out_ptr, place: gl.constexpr):
+    barrier()
     gl.store(out_ptr + place, place)
 
 
 @gluon.jit
 def control_kernel(out_ptr):
-    gl.warp_specialize([(_store, (out_ptr, 0)), (_store, (out_ptr, 1))], [4], [24])
+    gl.warp_specialize([(_store, (out_ptr, 0)), (_store, (out_ptr, 1)), (_store, (out_ptr, 2))], [4, 1], [24, 24])
 
 
 def control() -> int:
@@ -54,10 +57,10 @@ def control() -> int:
     Raises:
         ArithmeticError: It does not store what it should.
     """
-    out = torch.full((2,), -1, dtype=torch.int32, device="cuda")
+    out = torch.full((3,), -1, dtype=torch.int32, device="cuda")
     control_kernel[(4,)](out, num_warps=4)  # pyright: ignore[reportIndexIssue, reportCallIssue]
-    if out.tolist() != [0, 1]:
-        raise ArithmeticError(f"the control kernel must store [0, 1], got {out.tolist()}")
+    if out.tolist() != [0, 1, 2]:
+        raise ArithmeticError(f"the control kernel must store [0, 1, 2], got {out.tolist()}")
     return 1
 
 
@@ -100,7 +103,7 @@ def products(bits: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=BITS)
+    parser.add_argument("--bits", nargs="*", type=int, choices=BITS, default=BITS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--here", metavar="BITS", help=f"run products of this width in this process, or the {CONTROL}")
     options = parser.parse_args()

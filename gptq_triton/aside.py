@@ -15,6 +15,8 @@ T = TypeVar("T")
 class Aside:
     """On a GPU a stream that starts from what the current one has been given so far; elsewhere nothing.
 
+    Nor while work is recorded: what recordings do at once would share the memory that cuBLAS keeps for a stream.
+
     Args:
         device: Where the work is done.
         name: Of the stream: work of one name and thread is done in turn.
@@ -22,7 +24,7 @@ class Aside:
 
     def __init__(self, device: torch.device, name: str):
         self._stream, self._start = None, None
-        if device.type == "cuda":
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             self._stream = _stream(device, name, threading.get_ident())
             self._start = torch.cuda.current_stream(device).record_event()
 

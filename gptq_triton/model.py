@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .layers import find_layers, weight_of
 from .linear import QuantLinear
 from .moving import Mover
 from .ranks import Ranks
+from .recording import LANES, OFTEN, Recorder, Solve
 from .solver import Solution, solve
 from .streaming import (
     FullPrecision,
@@ -163,6 +165,7 @@ def quantize_model(
     training = model.training
     model.eval()
     reports: list[LayerReport] = []
+    recorder = Recorder()
     try:
         if config.embeddings:
             reports += _quantize_embedding(model, config, device)
@@ -196,7 +199,7 @@ def quantize_model(
                 run = runner(block, hidden, calls_here, device)
                 full = FullPrecision(block, block_name, ideal, calls_here, device) if feedback else None
                 if (kept := journal.load(index)) is None:
-                    packed, found = _solve_block(targets, run, full, masks, ranks, config, method, bar)
+                    packed, found = _solve_block(targets, run, full, masks, ranks, config, method, recorder, bar)
                     if ranks.rank == 0:
                         journal.save(index, packed, found)
                 else:
@@ -312,6 +315,7 @@ def _solve_block(
     ranks: Ranks,
     config: QuantizeConfig,
     method: Literal["gptq", "rtn"],
+    recorder: Recorder,
     bar: Any,
 ) -> tuple[dict[str, QuantLinear], list[LayerReport]]:
     """Solve all layers of one block, whose floating weights are overwritten by the quantized ones."""
@@ -323,7 +327,7 @@ def _solve_block(
         observer = Observer({name: layers[name] for name in stage})
         observer.watch(run, masks, ranks, full)
         groups = observer.groups({name: repr(targets[name].config) for name in stage})
-        for names, solved, seconds in _solve_groups(groups, targets, observer, ranks, method, bar):
+        for names, solved, seconds in _solve_groups(groups, targets, observer, ranks, method, recorder, bar):
             for name in names:
                 weight_of(targets[name].layer).copy_(solved[name].dequantized)
                 packed[name] = _quant_linear(targets[name].layer, solved[name])
@@ -338,32 +342,45 @@ def _solve_groups(
     observer: Observer,
     ranks: Ranks,
     method: Literal["gptq", "rtn"],
+    recorder: Recorder,
     bar: Any,
 ) -> Iterator[tuple[list[str], dict[str, Solution], float]]:
     """Solve groups of layers: their names, solutions and seconds; of several processes, each solves some."""
+    shapes = [tuple(targets[name].shape for name in names) for names in groups]
+    seen = Counter(shapes)
 
-    def solution(names: list[str]) -> tuple[dict[str, Solution], float]:
-        started, own = time.perf_counter(), targets[names[0]].config
+    def begin(index: int) -> tuple[list[str], Solve, float]:
+        names, began = groups[index], time.perf_counter()
+        own, weights = targets[names[0]].config, {name: weight_of(targets[name].layer) for name in names}
+        how = observer.hessian(names[0]), own.spec(), own.solver_options(), method
+        end = recorder.start(weights, *how, often=seen[shapes[index]] >= OFTEN)
+        return names, end, time.perf_counter() - began
+
+    def finish(names: list[str], end: Solve, taken: float) -> tuple[list[str], dict[str, Solution], float]:
+        began = time.perf_counter()
         bar.set_postfix_str(names[0].split(".", 2)[-1])
-        weights = {name: weight_of(targets[name].layer) for name in names}
-        solved = solve(weights, observer.hessian(names[0]), own.spec(), own.solver_options(), method)
-        return solved, time.perf_counter() - started
+        return names, end(), taken + time.perf_counter() - began
 
     if not groups:
         return
     device = weight_of(targets[groups[0][0]].layer).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the inputs are still being counted
-    if ranks.group is None:  # one after another: solutions are larger than layers
-        yield from ((names, *solution(names)) for names in groups)
+    if ranks.group is None:  # few at once: solutions are larger than layers
+        begun: deque[tuple[list[str], Solve, float]] = deque()
+        for index in range(len(groups)):
+            begun.append(begin(index))
+            if len(begun) == LANES:
+                yield finish(*begun.popleft())
+        while begun:
+            yield finish(*begun.popleft())
         return
-    shapes = [[targets[name].shape for name in names] for names in groups]
     owners = ranks.owners([sum(N + K / 3 for N, K in each) * each[0][1] ** 2 for each in shapes])
     mine: dict[int, Any] = {}
-    for index, names in enumerate(groups):
+    for index in range(len(groups)):
         if owners[index] == ranks.rank:
             try:
-                mine[index] = solution(names)
+                mine[index] = finish(*begin(index))[1:]
             except ValueError as error:  # every process must hear of it
                 mine[index] = error
     for index, names in enumerate(groups):

@@ -106,7 +106,7 @@ def refine(
     *,
     members: Members | None = None,
     fused: bool = False,
-) -> Rounded:
+) -> tuple[Rounded, Tensor]:
     """Rounds of better scales and better codes; no output's loss ever rises.
 
     A round refits the scales, and then improves the codes in two ways, of which each output keeps the better: a
@@ -121,12 +121,15 @@ def refine(
         factor: GPTQ's, in that order.
         walk: Rounds the columns in that order with a factor, on a grid that is given, from what is moved onto each:
             it changes codes alone.
-        rounds: How often.
+        rounds: How often, at least 1.
         members: Of the groups, if known.
         fused: As `refit_scales` takes it.
+
+    Returns:
+        What it becomes, and `losses` of that.
     """
     members = Members.of(rounded.g_idx) if members is None else members
-    descent, metric = Descent(H, order), Metric(H)
+    descent, metric, best = Descent(H, order), Metric(H), torch.empty(0)
 
     def descend(rounded: Rounded) -> Rounded:
         return walk(descent.factor, rounded, descent.moved(columns, rounded))
@@ -135,8 +138,8 @@ def refine(
         rounded, best = refit_scales(columns, metric, rounded, spec, members, fused=fused)
         for tried in (descend(rounded), descend(walk(factor, rounded, None))):
             loss = losses(columns, metric, tried)
-            rounded, best = tried.where(loss < best, rounded), torch.minimum(loss, best)
-    return rounded
+            rounded, best = tried.where(loss < best, rounded), torch.fmin(loss, best)
+    return rounded, best
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ Transformers" (2022), algorithm 1. Group-aware reordering: Gafni et al. (2025), 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,7 +24,7 @@ from .packing import PackedWeight, pack_weight, storable, trivial_g_idx
 from .quantizer import encode
 from .refinement import Members, Rounded, refine
 from .spec import QuantSpec
-from .walk import cut, find_groups, walk
+from .walk import find_groups, group_lengths, stored, walk
 
 logger = logging.getLogger(__name__)
 
@@ -123,87 +124,144 @@ def solve(
     Raises:
         ValueError: A weight or the Hessian is not finite, or their sizes differ.
     """
-    names, H = ", ".join(weights), hessian.sum
-    for name, weight in weights.items():
-        if weight.shape[1] != H.shape[0]:
-            raise ValueError(f"{name}: the Hessian has {H.shape[0]} inputs, the weight {weight.shape[1]}")
-        if not _finite(weight):
-            raise ValueError(f"{name}: the weight must be finite, got NaN or infinity")
-    if not _finite(H):
-        raise ValueError(f"{names}: the inputs seen must be finite, got NaN or infinity")
-    target = torch.cat([w.t().to(H) for w in weights.values()], dim=1)  # (K, N)
-    nearest = _round_to_nearest(target, H.diagonal(), spec, options)
-
-    def energies(columns: Tensor) -> Tensor:
-        """Of each layer's share."""
-        return torch.stack([energy(part, H) for part in columns.split([len(w) for w in weights.values()], dim=1)])
-
-    def before() -> tuple[Tensor, Tensor]:
-        """Energies of what is to be rounded and of its rounding to nearest."""
-        return energies(target), energies(target - nearest.dequantize())
-
-    found, damp, needed = None, options.damp, _needed_tokens(H.shape[0], options)
+    names, needed = ", ".join(weights), needed_tokens(len(hessian.sum), options)
     if method == "gptq" and hessian.tokens < needed:
         logger.warning("%s: saw %d tokens, needs %d; rounded to nearest", names, hessian.tokens, needed)
         method = "rtn"
-    order, g_idx = _order(H.diagonal(), spec, options)
-    cuts, grid, aside = cut(g_idx[order], options), replace(nearest, g_idx=g_idx), Aside(H.device, "energies")
-    attempted = attempt(H, order, damp) if method == "gptq" else None
-    size, error_rtn = aside.run(before)  # a GPU has little to do while it factors a matrix
-    if attempted is not None:
-
-        def rounded(factor: Factor) -> tuple[Tensor, Rounded]:
-            """What is fitted, and what it becomes."""
-            fitted = target
-            if options.feedback and hessian.drift is not None:
-                pull = (hessian.drift @ target)[order].mul_(options.feedback)
-                fitted = target.index_add(0, order, factor.divide(pull))
-            return fitted, walk(fitted[order], factor, order, grid, spec, options, cuts=cuts)
-
-        factor, failed = attempted
-        # on a GPU the walk is on its way before it is known whether there is a factor to walk with
-        done = rounded(factor) if H.is_cuda or not bool(failed) else None
-        if bool(failed):
-            factor, damp = factorize(H, order, min(10 * damp, 1.0))
-            done = None if factor is None else rounded(factor)
-        if factor is None or done is None:
-            logger.warning("%s: the Hessian cannot be factored even with damping 1; rounded to nearest", names)
-        else:
-            fitted, found = done
-            if fitted is not target:
-                aside.join()
-                target = fitted
-                size, error_rtn = before()
-            found = replace(found, scales=storable(found.scales, found.scales.dtype))
-            if options.refine:
-                found = _refined(target, H, order, factor, damp, found, spec, options)
-    aside.join()
-    chosen = nearest if found is None else found
-    dequantized, aside = chosen.dequantize(), Aside(H.device, "energies")
-    error = error_rtn if found is None else aside.run(lambda: energies(target - dequantized))
-    packed, start = {}, 0
     for name, weight in weights.items():
-        packed[name] = start, _pack(chosen.slice(start, start + len(weight)), spec, options)
-        start += len(weight)
+        if weight.shape[1] != len(hessian.sum):
+            raise ValueError(f"{name}: the Hessian has {len(hessian.sum)} inputs, the weight {weight.shape[1]}")
+    trial = try_to_solve(weights, hessian, spec, options, method)
+    while not bool(trial.factored):
+        if options.damp < 1:
+            options = replace(options, damp=min(10 * options.damp, 1.0))
+        else:
+            logger.warning("%s: the Hessian cannot be factored even with damping 1; rounded to nearest", names)
+            method = "rtn"
+        trial = try_to_solve(weights, hessian, spec, options, method)
+    return solutions(list(weights), trial, hessian.tokens, spec, options)
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What becomes of layers that share an input, with one damping; a GPU may still be at work on it.
+
+    Attributes:
+        finite: Whether each weight and the Hessian are, bool (layers + 1,). If not, the rest may be anything.
+        factored: Whether the Hessian could be, or need not be, bool (). If not, likewise.
+        method: How codes were chosen.
+        chosen: The layers side by side.
+        dequantized: What their codes stand for, float32 (K, N).
+        figures: ``tr(W H W^T)``, ``tr(E H E^T)`` and the latter of the nearest codes, float64 (3, layers).
+        widths: N of each layer.
+    """
+
+    finite: Tensor
+    factored: Tensor
+    method: Literal["gptq", "rtn"]
+    chosen: Rounded
+    dequantized: Tensor
+    figures: Tensor
+    widths: list[int]
+
+
+def try_to_solve(
+    weights: dict[str, Tensor],
+    hessian: Hessian,
+    spec: QuantSpec,
+    options: SolverOptions,
+    method: Literal["gptq", "rtn"],
+) -> Trial:
+    """`solve` with the damping of the options; a GPU is not waited for.
+
+    Raises:
+        ValueError: On a CPU, a weight or the Hessian is not finite, or a scale cannot be stored.
+    """
+    H, widths = hessian.sum, [len(weight) for weight in weights.values()]
+    finite = torch.stack([_finite(tensor) for tensor in (*weights.values(), H)])
+    factored = torch.ones((), dtype=torch.bool, device=H.device)
+    if not H.is_cuda:
+        _check_finite(finite, list(weights))
+    target = torch.cat([weight.t().to(H) for weight in weights.values()], dim=1)  # (K, N)
+    order, g_idx = _order(H.diagonal(), spec, options)
+
+    def energies(columns: Tensor) -> Tensor:
+        """Of each layer's share."""
+        return torch.stack([energy(part, H) for part in columns.split(widths, dim=1)])
+
+    def before() -> tuple[Rounded, Tensor, Tensor]:
+        """The nearest codes, the energies of what is rounded and of their errors."""
+        nearest = _round_to_nearest(target, H.diagonal(), spec, options)
+        return nearest, energies(target), energies(target - nearest.dequantize())
+
+    aside = Aside(H.device, "nearest")
+    chosen, size, error_rtn = aside.run(before)  # a GPU has little to do while it factors a matrix
+    factor, loss, error = None, None, error_rtn
+    if method == "gptq":
+        factor, failed = attempt(H, order, options.damp)
+        factored = failed == 0
     aside.join()
-    figures = torch.stack([size, error, error_rtn], 1).tolist()
-    return {
-        name: Solution(
-            weight=weight,
-            dequantized=dequantized[:, start : start + weight.N].t(),
-            method="rtn" if found is None else "gptq",
+    if factor is not None and (H.is_cuda or bool(factored)):
+        if options.feedback and hessian.drift is not None:
+            pull = (hessian.drift @ target)[order].mul_(options.feedback)
+            target = target.index_add(0, order, factor.divide(pull))
+            size, error_rtn = energies(target), energies(target - chosen.dequantize())
+        chosen, loss = walk(target[order], factor, order, replace(chosen, g_idx=g_idx), spec, options)
+        if options.refine:
+            chosen, loss = _refined(target, H, order, factor, chosen, spec, options)
+    dequantized = chosen.dequantize()
+    if loss is not None:  # that under the damped Hessian
+        squares = torch.linalg.vector_norm(target - dequantized, dim=0).double().square_()
+        loss = (loss.double() - squares * _ridge(H, options.damp)).clamp_(min=0)
+        error = torch.stack([part.sum() for part in loss.split(widths)])
+    figures = torch.stack([size, error, error_rtn])
+    return Trial(finite, factored, method, chosen, dequantized, figures, widths)
+
+
+def solutions(
+    names: list[str], trial: Trial, tokens: int, spec: QuantSpec, options: SolverOptions
+) -> dict[str, Solution]:
+    """What a trial that could factor its Hessian came to, layer by layer; a GPU is waited for.
+
+    Raises:
+        ValueError: A weight, the Hessian or a scale is not finite.
+    """
+    _check_finite(trial.finite, names)
+    chosen = replace(trial.chosen, scales=storable(trial.chosen.scales, options.scale_dtype))
+    ends = list(itertools.accumulate(trial.widths))
+    found = {}
+    for name, width, end, figures in zip(names, trial.widths, ends, trial.figures.t().tolist(), strict=True):
+        size, error, error_rtn = figures
+        found[name] = Solution(
+            weight=_pack(chosen.slice(end - width, end), spec, options),
+            dequantized=trial.dequantized[:, end - width : end].t(),
+            method=trial.method,
             error=_relative(error, size),
             error_rtn=_relative(error_rtn, size),
-            damp=damp,
-            tokens=hessian.tokens,
+            damp=options.damp,
+            tokens=tokens,
         )
-        for (name, (start, weight)), (size, error, error_rtn) in zip(packed.items(), figures, strict=True)
-    }
+    return found
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether all elements are, in one pass."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+def _finite(tensor: Tensor) -> Tensor:
+    """Whether all elements are, bool (), in one pass."""
+    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+
+
+def _check_finite(finite: Tensor, names: list[str]) -> None:
+    """Of weights by these names and of their inputs."""
+    *weights, inputs = finite.tolist()
+    for name, each in zip(names, weights, strict=True):
+        if not each:
+            raise ValueError(f"{name}: the weight must be finite, got NaN or infinity")
+    if not inputs:
+        raise ValueError(f"{', '.join(names)}: the inputs seen must be finite, got NaN or infinity")
+
+
+def _ridge(H: Tensor, damp: float) -> Tensor:
+    """What damping adds to each element of H's diagonal, float64 ()."""
+    return damp * H.diagonal().double().mean()
 
 
 def requantize(
@@ -233,17 +291,18 @@ def requantize(
     scales, zeros = scales.float(), zeros.float()
     scales = scales.masked_fill(scales == 0, 1)  # whatever the code, such a weight is 0
     codes = encode(columns, scales[rows], zeros[rows], spec.maxq).to(torch.uint8)
-    if hessian is None or hessian.tokens < _needed_tokens(len(columns), options):
+    if hessian is None or hessian.tokens < needed_tokens(len(columns), options):
         return codes, "rtn"
     order = torch.argsort(hessian.sum.diagonal(), descending=True, stable=True)
     factor, _ = factorize(hessian.sum, order, options.damp)
     if factor is None:
         return codes, "rtn"
     given = replace(options, static_groups=True)
-    return walk(columns[order], factor, order, Rounded(codes, scales, zeros, rows), spec, given).codes, "gptq"
+    return walk(columns[order], factor, order, Rounded(codes, scales, zeros, rows), spec, given)[0].codes, "gptq"
 
 
-def _needed_tokens(K: int, options: SolverOptions) -> int:
+def needed_tokens(K: int, options: SolverOptions) -> int:
+    """Tokens below which a layer of K inputs is rounded to nearest."""
     return max(K // 8 if options.min_tokens is None else options.min_tokens, 1)
 
 
@@ -259,6 +318,8 @@ def _order(importance: Tensor, spec: QuantSpec, options: SolverOptions) -> tuple
     if not options.group_aware:
         return torch.arange(K, device=importance.device), g_idx
     peaks = torch.zeros(spec.groups(K), device=importance.device).scatter_reduce_(0, g_idx, importance, "amax")
+    if K % spec.rows_per_group(K):
+        peaks[-1] = -1  # the short group stays last
     rank = torch.argsort(torch.argsort(peaks, descending=True, stable=True))  # of each group
     order = torch.argsort(importance, descending=True, stable=True)
     return order[torch.argsort(rank[g_idx[order]], stable=True)], g_idx
@@ -269,28 +330,33 @@ def _refined(
     H: Tensor,
     order: Tensor,
     factor: Factor,
-    damp: float,
     found: Rounded,
     spec: QuantSpec,
     options: SolverOptions,
-) -> Rounded:
-    """``options.refine`` rounds on columns (K, N), not permuted; order, factor and damp are those of the first walk.
+) -> tuple[Rounded, Tensor]:
+    """``options.refine`` rounds on columns (K, N), not permuted; order and factor are those of the first walk.
 
     Once scales are given nothing ties the order to the groups: columns go by falling importance.
+
+    Returns:
+        What it becomes, and the loss of each output under the damped Hessian, float64 (N,).
     """
     given = replace(options, static_groups=True)
-    cuts, members = cut(order, given), Members.of(found.g_idx)  # before the GPU is given more to do: it is waited for
-    importance = torch.argsort(H.diagonal(), descending=True, stable=True)
-    if not torch.equal(importance, order):
-        order = importance
-        factor, _ = attempt(H, order, damp)  # should rounding fail it, what it gives loses against all else
+    if not spec.desc_act:
+        order = torch.argsort(H.diagonal(), descending=True, stable=True)
+        factor, _ = attempt(H, order, options.damp)  # should rounding fail it, what it gives loses against all else
     # halves are exact to float32, other products take what they are given
     damped = H.clone() if has_tensor_cores(H) else H.double()
-    damped.diagonal().add_(damp * H.diagonal().double().mean())
+    damped.diagonal().add_(_ridge(H, options.damp))
     ordered = columns[order]
+    spans = itertools.pairwise(itertools.accumulate(group_lengths(len(H), spec), initial=0))
+    scattered = spec.desc_act and not options.static_groups
+    members = Members(
+        found.g_idx.argsort(stable=True) if scattered else None, [(group, *span) for group, span in enumerate(spans)]
+    )
 
     def again_from(factor: Factor, grid: Rounded, moved: Tensor | None) -> Rounded:
-        return walk(ordered, factor, order, grid, spec, given, moved, cuts)
+        return walk(ordered, factor, order, grid, spec, given, moved)[0]
 
     return refine(
         columns, damped, found, spec, order, factor, again_from, options.refine, members=members, fused=options.fused
@@ -312,7 +378,7 @@ def _round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: S
     if whole < len(scales):
         first = whole * length
         find_groups(columns[first:], cost[first:], length, spec, options, scales[whole:], zeros[whole:])
-    scales = storable(scales, scales.dtype)
+    scales = stored(scales, scales.dtype)
     codes = encode(columns, scales.float()[g_idx], zeros[g_idx], spec.maxq)
     return Rounded(codes.to(torch.uint8), scales, zeros, g_idx)
 

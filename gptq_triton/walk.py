@@ -11,6 +11,7 @@ which is algorithm 1 of the paper (Frantar et al., 2022), without H^-1 and witho
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.linalg import solve_triangular
 from .halves import empty_like, inner
 from .hessian import Factor
 from .options import SolverOptions
-from .packing import storable
+from .packing import storable, trivial_g_idx
 from .quantizer import MSE_NORM, encode, group_params, mse_shares
 from .refinement import Rounded, clipped_params, kept_shares
 from .spec import QuantSpec
@@ -38,9 +39,9 @@ class Cuts:
     Attributes:
         strips: Blocks, as (start, stop), in lists: each list is brought up to date at once.
         inside: Groups that are found inside their block: first column to end.
-        ahead: Groups that are found before a block: its start to the group's end and index.
-        blocks: All blocks, int64 (B, 2), on the device of the columns.
-        runs: Where a group starts that is found inside a block, its columns, else 0; int32 (K,) on that device.
+        ahead: Groups that are found before a block: its start to the group's end and place among all.
+        blocks: All blocks, int64 (B, 2).
+        runs: Where a group starts that is found inside a block, its columns, else 0; int32 (K,).
     """
 
     strips: list[list[tuple[int, int]]]
@@ -58,9 +59,8 @@ def walk(
     spec: QuantSpec,
     options: SolverOptions,
     moved: Tensor | None = None,
-    cuts: Cuts | None = None,
-) -> Rounded:
-    """Round columns in an order, which is the factor's; a GPU is not waited for if cuts are given.
+) -> tuple[Rounded, Tensor]:
+    """Round columns in an order, which is the factor's; a GPU is not waited for.
 
     Groups are found when their first column is reached, on weights that carry every error so far, unless
     ``options.static_groups``. Scales that are found may not be finite in their dtype.
@@ -69,21 +69,31 @@ def walk(
         columns: float32 (K, N), in processing order.
         factor: Of the Hessian.
         order: int64 (K,): where each column lies in the layer.
-        grid: Scales and zero points, of which those that are found are replaced, and each column's group.
+        grid: Each column's group, and if groups are static their scales and zero points. Others are runs in that
+            order, as long as those of the spec.
         spec: The format.
         options: How.
         moved: What is moved onto each column before the first, float32 (K, N), in units of ``unit^T d``, where no
             group is to be found.
-        cuts: What `cut` makes of ``grid.g_idx[order]`` and the options.
+
+    Returns:
+        What they become, and what the errors of each output cost, float32 (N,), if nothing was moved.
     """
-    (K, N), columns = columns.shape, columns.contiguous()
-    groups = grid.g_idx[order]
-    cuts = cut(groups, options) if cuts is None else cuts
-    scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (grid.scales, grid.zeros))
-    codes = torch.empty(K, N, dtype=torch.uint8, device=columns.device)
-    step = (_kernel if _fused(columns, options) else _loop)(_Walk(groups, order, cuts, scales, zeros, codes, spec))
+    (K, N), columns, device = columns.shape, columns.contiguous(), columns.device
+    groups, lengths = grid.g_idx[order], group_lengths(K, spec)
+    longest = _longest(device, options)
+    cuts = cut((K,) if options.static_groups else lengths, options, longest, device)
+    if options.static_groups:
+        names = None
+        scales, zeros = (t.clone(memory_format=torch.contiguous_format) for t in (grid.scales, grid.zeros))
+    else:  # numbered as they come
+        names, groups = groups[:: lengths[0]], trivial_g_idx(K, spec.group_size, device).long()
+        scales, zeros = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (grid.scales, grid.zeros))
+    codes, loss = torch.empty(K, N, dtype=torch.uint8, device=device), torch.zeros(N, device=device)
+    shared = _Walk(groups, order, cuts, factor.cost, scales, zeros, codes, loss, spec)
+    step = (_kernel if _fused(device, options) else _loop)(shared)
     unit, errors = factor.unit, empty_like(columns)
-    spreads = _inverses(unit, cuts, _longest(columns, options))
+    spreads = _inverses(unit, cuts, longest)
 
     def reach(start: int, stop: int, first: int) -> Tensor:
         """What the errors of all columns before the first move onto some."""
@@ -110,16 +120,19 @@ def walk(
             if stop < last:
                 near[stop - first :].addmm_(unit[start:stop, stop:last].t(), change[inside])
         errors[first:last] = change
-    return Rounded(codes, scales, zeros, grid.g_idx)
+    if names is not None:
+        by_name = names.argsort()
+        scales, zeros = scales[by_name], zeros[by_name]
+    return Rounded(codes, scales, zeros, grid.g_idx), loss
 
 
-def _fused(columns: Tensor, options: SolverOptions) -> bool:
-    return options.fused and columns.is_cuda
+def _fused(device: torch.device, options: SolverOptions) -> bool:
+    return options.fused and device.type == "cuda"
 
 
-def _longest(columns: Tensor, options: SolverOptions) -> int | None:
+def _longest(device: torch.device, options: SolverOptions) -> int | None:
     """Columns of the longest block of the kernel, which takes inverses of that size; None where the loop runs."""
-    if not _fused(columns, options):
+    if not _fused(device, options):
         return None
     from .kernels.solve import BLOCK_K
 
@@ -146,7 +159,7 @@ def find_groups(
         scales: (G, N), overwritten; on a GPU one beyond its dtype is left infinite, elsewhere a ValueError.
         zeros: float32 (G, N), overwritten.
     """
-    if (options.clip or options.mse) and _fused(columns, options):
+    if (options.clip or options.mse) and _fused(columns.device, options):
         from .kernels.clip import clip
 
         how: dict[str, Any] = {"length": length, "maxq": spec.maxq, "sym": spec.sym}
@@ -161,11 +174,11 @@ def find_groups(
             scale, zero = clipped_params(rows, costs, spec.maxq, spec.sym, scales.dtype)
         else:
             scale, zero = group_params(rows.t(), spec.maxq, spec.sym, options.mse)
-        scales[group], zeros[group] = _stored(scale, scales.dtype), zero
+        scales[group], zeros[group] = stored(scale, scales.dtype), zero
 
 
-def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """`storable` without waiting for a GPU."""
+def stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`storable` without waiting for a GPU: there a scale beyond the dtype becomes infinite."""
     return scales.to(dtype).clamp(min=torch.finfo(dtype).tiny) if scales.is_cuda else storable(scales, dtype)
 
 
@@ -177,17 +190,21 @@ class _Walk:
         groups: Each column's group, int64 (K,).
         order: Which row of codes each column writes, int64 (K,).
         cuts: Where groups are to be found.
+        cost: Of an error in each column, float32 (K,).
         scales, zeros: Of all groups; those found are written.
         codes: uint8 (K, N), written.
+        loss: float32 (N,), to which what errors cost is added.
         spec: The format.
     """
 
     groups: Tensor
     order: Tensor
     cuts: Cuts
+    cost: Tensor
     scales: Tensor
     zeros: Tensor
     codes: Tensor
+    loss: Tensor
     spec: QuantSpec
 
 
@@ -207,12 +224,14 @@ def _loop(walk: _Walk) -> Step:
             if start + j in inside:
                 rows = tile[j : inside[start + j] - start]
                 scale, zeros[group] = group_params(rows.t(), spec.maxq, spec.sym)
-                scales[group] = _stored(scale, scales.dtype)
+                scales[group] = stored(scale, scales.dtype)
             scale, zero = scales[group].float(), zeros[group]
             code = encode(tile[j], scale, zero, spec.maxq)
             codes[positions[start + j]] = code
             value = (code - zero).mul_(scale)
-            tile[j + 1 :].addr_(spread[j, j + 1 : len(tile)], tile[j] - value, alpha=-1)
+            miss = tile[j] - value
+            tile[j + 1 :].addr_(spread[j, j + 1 : len(tile)], miss, alpha=-1)
+            walk.loss.addcmul_(miss.square_(), walk.cost[start + j])
             torch.sub(columns[j], value, out=change[j])
 
     return step
@@ -226,40 +245,47 @@ def _kernel(walk: _Walk) -> Step:
     runs = walk.cuts.runs if walk.cuts.inside else None
 
     def step(tile: Tensor, columns: Tensor, change: Tensor, spread: Tensor, start: int) -> None:
-        tensors = tile, columns, change, spread, groups, runs, positions, walk.scales, walk.zeros, walk.codes
-        solve(*tensors, first=start, maxq=walk.spec.maxq, sym=walk.spec.sym)
+        of_block = tile, columns, change, spread
+        of_all = groups, runs, positions, walk.cost, walk.scales, walk.zeros, walk.codes, walk.loss
+        solve(*of_block, *of_all, first=start, maxq=walk.spec.maxq, sym=walk.spec.sym)
 
     return step
 
 
-def cut(groups: Tensor, options: SolverOptions) -> Cuts:
+def group_lengths(K: int, spec: QuantSpec) -> tuple[int, ...]:
+    """Columns of each group; the last may have fewer."""
+    rows = spec.rows_per_group(K)
+    return tuple(min(rows, K - start) for start in range(0, K, rows))
+
+
+@functools.lru_cache(32)
+def cut(lengths: tuple[int, ...], options: SolverOptions, longest: int | None, device: torch.device) -> Cuts:
     """Blocks, and where groups, each a run of columns, are found.
 
     A group that fits lies inside one block, a longer one starts a block, and so does every one whose range is clipped.
 
     Args:
-        groups: Each column's group, int64 (K,), on the device of the columns.
+        lengths: Of the groups, in the order they come in; if groups are given, of all columns.
         options: How the columns will be walked.
+        longest: Columns of the longest block that can be walked, if there is a limit.
+        device: Where the columns are.
     """
-    limit = min(options.block, _longest(groups, options) or options.block)
+    limit = min(options.block, longest or options.block)
+    spans = list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
     inside: dict[int, int] = {}
     ahead: dict[int, tuple[int, int]] = {}
-    if options.static_groups:
-        blocks = list(_blocks([len(groups)], limit))
+    searched = options.mse or options.clip
+    if searched and not options.static_groups:
+        blocks = [(first + a, first + b) for first, end in spans for a, b in _blocks([end - first], limit)]
     else:
-        names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
-        spans = list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
-        searched = options.mse or options.clip
-        if searched:
-            blocks = [(first + a, first + b) for first, end in spans for a, b in _blocks([end - first], limit)]
-        else:
-            blocks = list(_blocks(lengths, limit))
-        ahead = {a: (b, name) for (a, b), name in zip(spans, names, strict=True) if searched or b - a > limit}
+        blocks = list(_blocks(list(lengths), limit))
+    if not options.static_groups:
+        ahead = {a: (b, place) for place, (a, b) in enumerate(spans) if searched or b - a > limit}
         inside = {a: b for a, b in spans if a not in ahead}
-    runs = torch.zeros(len(groups), dtype=torch.int32)
+    runs = torch.zeros(sum(lengths), dtype=torch.int32)
     runs[list(inside)] = torch.tensor([end - start for start, end in inside.items()], dtype=torch.int32)
     strips = _strips(blocks, {a for a, (b, _) in ahead.items() if b - a > limit})
-    return Cuts(strips, inside, ahead, torch.tensor(blocks, device=groups.device), runs.to(groups.device))
+    return Cuts(strips, inside, ahead, torch.tensor(blocks).to(device), runs.to(device))
 
 
 def _blocks(runs: list[int], block: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
     q[j] = scale * (code[j] - zero)        w[i] -= F[j, i] (w[j] - q[j]) for i > j in the block
     change[j] = columns[j] - q[j]          w[j] being columns[j] and what was moved onto it
+    loss += cost[j] (w[j] - q[j])^2
 
 `gptq_triton.walk` runs it where a weight is on a GPU, unless ``SolverOptions.fused`` is off; columns after the block
 are its caller's. Rows of a weight do not interact, so a program keeps some of them. Every operation is rounded as the
@@ -55,9 +56,11 @@ def solve_kernel(
     groups_ptr,
     runs_ptr,
     positions_ptr,
+    cost_ptr,
     scales_ptr,
     zeros_ptr,
     codes_ptr,
+    loss_ptr,
     first,
     count,
     maxq,
@@ -90,6 +93,7 @@ def solve_kernel(
     zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
     columns_ptrs, change_ptrs = columns_ptr + offs_n, change_ptr + offs_n
     row_ptrs = spread_ptr + offs_s[:, None] + tl.zeros([1, BLOCK_N], tl.int32)
+    loss = tl.load(loss_ptr + offs_n, mask=mask_n, other=0.0)
 
     # Walk the columns
     for s in tl.static_range(PARTS):
@@ -122,6 +126,7 @@ def solve_kernel(
             code = tl.minimum(tl.maximum(to_nearest(steps) + zero, 0.0), maxq.to(tl.float32))
             value = (code - zero) * scale
             miss = column - value
+            loss += miss * miss * tl.load(cost_ptr + first + j)
             moved = ()
             for p in tl.static_range(PARTS - s):  # columns up to this one, and beyond the last, hold anything from now
                 row = tl.load(row_ptrs + (j * BLOCK_K + (s + p) * SUB))
@@ -133,6 +138,7 @@ def solve_kernel(
             change_ptrs += N
             scale, zero = next_scale, next_zero
         parts = parts[1:]
+    tl.store(loss_ptr + offs_n, loss, mask=mask_n)
 
 
 def solve(
@@ -143,9 +149,11 @@ def solve(
     groups: Tensor,
     runs: Tensor | None,
     positions: Tensor,
+    cost: Tensor,
     scales: Tensor,
     zeros: Tensor,
     codes: Tensor,
+    loss: Tensor,
     *,
     first: int,
     maxq: int,
@@ -165,9 +173,11 @@ def solve(
         runs: int32 (K,), where a group starts that is found here: its columns, all in this block; elsewhere 0.
             None: every group is given.
         positions: int32 (K,), the row of codes that a column writes.
+        cost: Of an error in each column, float32 (K,).
         scales: (G, N), floating; found groups are overwritten. A scale beyond its dtype is stored as infinity.
         zeros: float32 (G, N); found groups are overwritten.
         codes: uint8 (K, N), overwritten at positions.
+        loss: float32 (N,), to which what errors cost is added.
         first: First column of the block.
         maxq: Largest code.
         sym: Whether zero points that are found are (maxq + 1) / 2.
@@ -175,7 +185,7 @@ def solve(
         num_warps: Warps per program.
     """
     count, N = tile.shape
-    pointers = tile, columns, change, spread, groups, runs, positions, scales, zeros, codes
+    pointers = tile, columns, change, spread, groups, runs, positions, cost, scales, zeros, codes, loss
     constants = {
         "FIND": runs is not None, "SYM": sym, "BLOCK_K": BLOCK_K, "BLOCK_N": block_n, "SUB": SUB,
     }  # fmt: skip
@@ -195,9 +205,11 @@ _POINTERS = {
     "groups_ptr": "i32",
     "runs_ptr": "i32",
     "positions_ptr": "i32",
+    "cost_ptr": "fp32",
     "scales_ptr": "x",
     "zeros_ptr": "fp32",
     "codes_ptr": "u8",
+    "loss_ptr": "fp32",
 }
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of scales) and constants
 VARIANTS = tuple(

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptq_triton import bounds, dispatch, layout, ops, product, reference, tables
+from gptq_triton import bounds, dispatch, layout, ops, product, recording, reference, tables
 from gptq_triton import hessian as hessian_module
 from gptq_triton.hessian import Hessian
 from gptq_triton.layout import tile_weight
@@ -559,7 +559,50 @@ def test_the_fused_solver_is_the_eager_solver(bits, desc_act, group_size, change
         assert fused.error == pytest.approx(eager.error, rel=1e-3)
         return
     assert torch.equal(eager.dequantized, fused.dequantized)
-    assert fused.error == eager.error
+    assert fused.error == pytest.approx(eager.error, rel=1e-5)
+    wrong, H = (weight - fused.dequantized).double(), hessian.sum.double()
+    size = float(((weight.double() @ H) * weight).sum())
+    assert fused.error == pytest.approx(float(((wrong @ H) * wrong).sum()) / size, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        (QuantSpec(4, 128, False), SolverOptions(clip=True, refine=1)),
+        (QuantSpec(3, 64, True, desc_act=True), SolverOptions(refine=2)),
+        (QuantSpec(2, -1, False), SolverOptions(clip=True, block=64)),
+        (QuantSpec(8, 32, True, desc_act=True), SolverOptions(static_groups=True, mse=True)),
+    ],
+)
+def test_recorded_solves_are_those_of_solve(spec, options):
+    """Several under way at once; of one the Hessian cannot be factored, another is not finite."""
+    K, N, recorder, problems = 384, 160, recording.Recorder(), []
+    for seed in range(4 * recording.LANES):
+        hessian = Hessian(K, DEVICE)
+        uneven = random_rows(K, K, torch.float32, seed=seed) * random_rows(1, K, torch.float32, seed=1)
+        hessian.add((random_rows(2 * K, K, torch.float32, seed=seed + 1) @ uneven).to(DEVICE))
+        weights = {name: random_rows(N, K, torch.float16, seed=seed + place) for place, name in enumerate("ab")}
+        problems.append(({name: weight.to(DEVICE) for name, weight in weights.items()}, hessian))
+    unfactored, infinite = 5, 9
+    problems[unfactored][1].sum.diagonal()[:4] = -1e9
+    problems[infinite][0]["b"][3, 3] = torch.nan
+    for first in range(0, len(problems), recording.LANES):
+        here = range(first, first + recording.LANES)
+        begun = [recorder.start(*problems[index], spec, options, "gptq", often=True) for index in here]
+        for index, end in zip(here, begun, strict=True):
+            if index == infinite:
+                with pytest.raises(ValueError, match="b: the weight must be finite"):
+                    end()
+                continue
+            found, expected = end(), solve(*problems[index], spec, options)
+            for name, one in expected.items():
+                assert one.method == ("rtn" if index == unfactored else "gptq")
+                other = found[name]
+                assert torch.equal(one.dequantized, other.dequantized)
+                for part in ("qweight", "scales", "qzeros"):
+                    assert torch.equal(getattr(one.weight, part), getattr(other.weight, part))
+                assert replace(one, weight=other.weight, dequantized=other.dequantized).__dict__ == other.__dict__
+    assert [len(lanes) for lanes in recorder._lanes.values()] == [recording.LANES]
 
 
 @pytest.mark.parametrize("K", [520, 1000])

@@ -172,9 +172,9 @@ SLOW = settings(deadline=None, max_examples=20)  # a column takes milliseconds
 SOLVE_TILES = st.sampled_from(({"block_n": 8}, {"block_n": 16}, {"block_n": 64, "num_warps": 4}))
 
 
-def inner_loop(columns, spread, groups, runs, scales, zeros, spec, options):
-    """What one block must give: codes and values; scales and zeros in place."""
-    left, codes, values = columns.clone(), [], []
+def inner_loop(columns, spread, groups, runs, cost, scales, zeros, spec, options):
+    """What one block must give: codes, values and what errors cost; scales and zeros in place."""
+    left, codes, values, loss = columns.clone(), [], [], torch.zeros(columns.shape[1])
     for j, (group, run) in enumerate(zip(groups, runs, strict=True)):
         if run:
             here = slice(group, group + 1)
@@ -182,9 +182,10 @@ def inner_loop(columns, spread, groups, runs, scales, zeros, spec, options):
         code = encode(left[j], scales[group].float(), zeros[group], spec.maxq)
         value = (code - zeros[group]) * scales[group].float()
         left[j + 1 :] -= spread[j, j + 1 :, None] * (left[j] - value)
+        loss += cost[j] * (left[j] - value) ** 2
         codes.append(code.to(torch.uint8))
         values.append(value)
-    return torch.stack(codes), torch.stack(values)
+    return torch.stack(codes), torch.stack(values), loss
 
 
 @SLOW
@@ -226,17 +227,21 @@ def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_gro
     positions = torch.randperm(K, generator=generator(seed)).int()
     codes = torch.full((K, N), 77, dtype=torch.uint8)
     got_scales, got_zeros, here = guarded(scales), guarded(zeros), slice(first, first + count)
-    expected = inner_loop(columns, spread[:count, :count], groups[here], runs[here], scales, zeros, spec, options)
+    cost, before = torch.rand(K, generator=generator(seed)), torch.rand(N, generator=generator(seed))
+    of_block = columns, spread[:count, :count], groups[here], runs[here], cost[here]
+    expected, loss = inner_loop(*of_block, scales, zeros, spec, options), guarded(before)
     tensors = torch.tensor(groups).int(), None if given_groups else torch.tensor(runs).int(), positions
     original = random_rows(count, N, torch.float32, seed=seed + 1)
     change = guarded(torch.full_like(columns, torch.nan))
     solve(
-        guarded(columns), guarded(original), change, guarded(spread), *tensors, got_scales, got_zeros, codes,
+        guarded(columns), guarded(original), change, guarded(spread), *tensors, guarded(cost),
+        got_scales, got_zeros, codes, loss,
         first=first, maxq=spec.maxq, sym=sym, **tile,
     )  # fmt: skip
     written = positions[here].long()
     assert torch.equal(codes[written], expected[0])
     assert torch.equal(change, original - expected[1])
+    assert torch.allclose(loss, before + expected[2], rtol=1e-5, atol=0)
     assert torch.equal(got_scales, scales)
     assert torch.equal(got_zeros, zeros)
     codes[written] = 77
@@ -352,7 +357,7 @@ def test_the_fused_walk_is_the_eager_walk(bits, group, sym, desc_act, static, aw
     spec = QuantSpec(bits, group, sym, desc_act)
     options = SolverOptions(block=block, static_groups=static, group_aware=aware, mse=mse and K < 80)
     arguments = layer_problem(K, N, spec, options, seed)
-    eager, fused = walk(*arguments), by_kernel(*arguments)
+    (eager, loss), (fused, fused_loss) = walk(*arguments), by_kernel(*arguments)
     if block > 128:  # cut otherwise: sums in another order may turn a code at a tie, and its row with it
         assert (fused.codes == eager.codes).all(0).sum() >= 0.9 * N - 1
         return
@@ -360,14 +365,15 @@ def test_the_fused_walk_is_the_eager_walk(bits, group, sym, desc_act, static, aw
     assert torch.equal(fused.codes, eager.codes)
     assert torch.equal(fused.scales, eager.scales)
     assert torch.equal(fused.zeros, eager.zeros)
+    assert torch.allclose(fused_loss, loss, rtol=1e-5, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 def test_a_scale_beyond_its_dtype_is_left_infinite_by_the_fused_walk():
     spec, options = QuantSpec(2, 8, False), SolverOptions()
     columns, *others = layer_problem(16, 4, spec, options, 0)
-    assert by_kernel(columns, *others).scales.isfinite().all()
-    assert by_kernel(1e6 * columns, *others).scales.isinf().any()  # the solver refuses it
+    assert by_kernel(columns, *others)[0].scales.isfinite().all()
+    assert by_kernel(1e6 * columns, *others)[0].scales.isinf().any()  # the solver refuses it
 
 
 @settings(deadline=None, max_examples=15)

@@ -57,7 +57,7 @@ def given_grid(K=40, bits=3, group=16, sym=False, scattered=False, dtype=torch.f
 def walks(columns, spec, order, block=128):
     """The solver's walk in an order, on a given grid."""
     options = SolverOptions(static_groups=True, block=block)
-    return lambda factor, grid, moved: walk(columns[order], factor, order, grid, spec, options, moved)
+    return lambda factor, grid, moved: walk(columns[order], factor, order, grid, spec, options, moved)[0]
 
 
 def descend(columns, H, rounded, spec, order, block=128):
@@ -169,12 +169,15 @@ def test_rounds_raise_no_output_s_loss_whatever_the_walk_gives(problem, rounds):
     def walk(how, grid, moved):
         return Rounded(worst, grid.scales, grid.zeros, grid.g_idx) if how is factor else real(how, grid, moved)
 
-    refined = refine(columns, H, rounded, spec, order, factor, walk, rounds)
+    refined, loss = refine(columns, H, rounded, spec, order, factor, walk, rounds)
+    size = float((columns * (H.float() @ columns)).sum(0).max())  # gains are differences of what is as large
+    rough = {"rtol": 1e-9, "atol": 1e-13 * size}
+    assert torch.allclose(losses(columns, Metric(H), refined), loss, **rough)
     assert_no_worse(columns, H, refined, rounded)
     fitted = refit_scales(columns, Metric(H), rounded, spec, Members.of(rounded.g_idx))[0]
     tried = (fitted, *(descend(columns, H, r, spec, order) for r in (fitted, walk(factor, fitted, None))))
     least = torch.stack([losses(columns, Metric(H), r) for r in tried]).amin(0)
-    once = refine(columns, H, rounded, spec, order, factor, walk, 1)
+    once, _ = refine(columns, H, rounded, spec, order, factor, walk, 1)
     assert torch.equal(losses(columns, Metric(H), once), least)  # each output has the best one
 
 

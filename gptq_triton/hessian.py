@@ -12,6 +12,7 @@ from .aside import Aside
 from .halves import Matrix, has_tensor_cores, inner, splittable
 
 STRIPS = 4  # of a symmetric product, whose lower triangle is not computed
+FEW = 1 << 34  # multiplications that a GPU is done with before it could be told of strips
 PANEL = 2048  # columns of a Cholesky factor that are found at once
 CORNER = 128  # rows of a triangle that are inverted one after another
 CHUNK = 4096  # tokens of one product on tensor cores, whose sums are kept less exactly than float32
@@ -59,7 +60,7 @@ def _add_square(total: Tensor, rows: Tensor) -> None:
     half = rows.dtype in (torch.float16, torch.bfloat16) and has_tensor_cores(total) and rows.is_cuda
     chunks = rows.split(CHUNK) if half else [rows.to(total)]
     K = len(total)
-    width = -(-K // STRIPS)
+    width = K if half and len(rows) * K * K < FEW else -(-K // STRIPS)
     for start in range(0, K, width):
         stop = min(start + width, K)
         for chunk in chunks:

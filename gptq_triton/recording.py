@@ -7,6 +7,7 @@ so are its results, bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Literal
@@ -55,8 +56,9 @@ class _Lane:
     def trial(self) -> Trial:
         """What came of it; the current stream waits."""
         torch.cuda.current_stream().wait_stream(self._stream)
-        chosen = replace(self._trial.chosen, scales=self._trial.chosen.scales.clone())
-        return replace(self._trial, chosen=chosen, dequantized=self._trial.dequantized.clone())  # what is not packed
+        now = self._trial
+        chosen = replace(now.chosen, scales=now.chosen.scales.clone())
+        return replace(now, chosen=chosen, words=now.words.clone(), dequantized=now.dequantized.clone())
 
 
 class Recorder:
@@ -84,19 +86,16 @@ class Recorder:
             What ends it. At most LANES may be open.
         """
 
-        def plainly() -> dict[str, Solution]:
-            return solve(weights, hessian, spec, options, method)
-
         H = hessian.sum
         enough = method == "gptq" and hessian.tokens >= needed_tokens(len(H), options)
         if not (often and enough and H.is_cuda and options.fused and hessian.drift is None):
-            return plainly
+            return functools.partial(solve, weights, hessian, spec, options, method)
         shapes = tuple((weight.shape, weight.dtype) for weight in weights.values())
         shape = H.device, len(H), shapes, spec, options
         lanes = self._lanes.get(shape)
         if lanes is None:
-            self._lanes[shape] = []
-            return plainly
+            self._lanes[shape], first = [], solve(weights, hessian, spec, options)
+            return lambda: first
         lane = _Lane(weights, hessian, spec, options) if len(lanes) < LANES else lanes.pop(0)
         lanes.append(lane)
         lane.start(weights, hessian)
@@ -104,7 +103,7 @@ class Recorder:
         def ended() -> dict[str, Solution]:
             trial = lane.trial()
             if not bool(trial.factored):
-                return plainly()
+                return solve(weights, hessian, spec, options)
             return solutions(list(weights), trial, hessian.tokens, spec, options)
 
         return ended

@@ -20,7 +20,7 @@ from .halves import has_tensor_cores
 from .hessian import Factor, Hessian, attempt, energy, factorize
 from .layers import weight_of
 from .options import SolverOptions
-from .packing import PackedWeight, pack_weight, storable, trivial_g_idx
+from .packing import PackedWeight, pack, pack_zeros, storable, trivial_g_idx
 from .quantizer import encode
 from .refinement import Members, Rounded, refine
 from .spec import QuantSpec
@@ -151,6 +151,7 @@ class Trial:
         factored: Whether the Hessian could be, or need not be, bool (). If not, likewise.
         method: How codes were chosen.
         chosen: The layers side by side.
+        words: Their codes, packed.
         dequantized: What their codes stand for, float32 (K, N).
         figures: ``tr(W H W^T)``, ``tr(E H E^T)`` and the latter of the nearest codes, float64 (3, layers).
         widths: N of each layer.
@@ -160,6 +161,7 @@ class Trial:
     factored: Tensor
     method: Literal["gptq", "rtn"]
     chosen: Rounded
+    words: Tensor
     dequantized: Tensor
     figures: Tensor
     widths: list[int]
@@ -182,7 +184,9 @@ def try_to_solve(
     factored = torch.ones((), dtype=torch.bool, device=H.device)
     if not H.is_cuda:
         _check_finite(finite, list(weights))
-    target = torch.cat([weight.t().to(H) for weight in weights.values()], dim=1)  # (K, N)
+    target = torch.empty(len(H), sum(widths), device=H.device)  # (K, N)
+    for part, weight in zip(target.split(widths, dim=1), weights.values(), strict=True):
+        part.copy_(weight.t())
     order, g_idx = _order(H.diagonal(), spec, options)
 
     def energies(columns: Tensor) -> Tensor:
@@ -215,7 +219,7 @@ def try_to_solve(
         loss = (loss.double() - squares * _ridge(H, options.damp)).clamp_(min=0)
         error = torch.stack([part.sum() for part in loss.split(widths)])
     figures = torch.stack([size, error, error_rtn])
-    return Trial(finite, factored, method, chosen, dequantized, figures, widths)
+    return Trial(finite, factored, method, chosen, pack(chosen.codes, spec.bits), dequantized, figures, widths)
 
 
 def solutions(
@@ -227,14 +231,25 @@ def solutions(
         ValueError: A weight, the Hessian or a scale is not finite.
     """
     _check_finite(trial.finite, names)
-    chosen = replace(trial.chosen, scales=storable(trial.chosen.scales, options.scale_dtype))
+    scales, g_idx = storable(trial.chosen.scales, options.scale_dtype), trial.chosen.g_idx.to(torch.int32)
+    trivial = torch.equal(g_idx, trivial_g_idx(len(g_idx), spec.group_size, g_idx.device))
+    label = options.checkpoint_format or ("gptq" if spec.sym else "gptq_v2")
     ends = list(itertools.accumulate(trial.widths))
     found = {}
     for name, width, end, figures in zip(names, trial.widths, ends, trial.figures.t().tolist(), strict=True):
-        size, error, error_rtn = figures
+        here, (size, error, error_rtn) = slice(end - width, end), figures
+        packed = PackedWeight(
+            qweight=trial.words[:, here].contiguous(),
+            scales=scales[:, here].contiguous(),
+            qzeros=pack_zeros(trial.chosen.zeros[:, here], spec.bits, label),
+            g_idx=None if trivial else g_idx,
+            spec=spec,
+            K=len(g_idx),
+            checkpoint_format=label,
+        )
         found[name] = Solution(
-            weight=_pack(chosen.slice(end - width, end), spec, options),
-            dequantized=trial.dequantized[:, end - width : end].t(),
+            weight=packed.validate(),
+            dequantized=trial.dequantized[:, here].t(),
             method=trial.method,
             error=_relative(error, size),
             error_rtn=_relative(error_rtn, size),
@@ -381,19 +396,6 @@ def _round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: S
     scales = stored(scales, scales.dtype)
     codes = encode(columns, scales.float()[g_idx], zeros[g_idx], spec.maxq)
     return Rounded(codes.to(torch.uint8), scales, zeros, g_idx)
-
-
-def _pack(rounded: Rounded, spec: QuantSpec, options: SolverOptions) -> PackedWeight:
-    g_idx = rounded.g_idx.to(torch.int32)
-    trivial = torch.equal(g_idx, trivial_g_idx(len(g_idx), spec.group_size, g_idx.device))
-    return pack_weight(
-        rounded.codes,
-        rounded.scales,
-        rounded.zeros,
-        None if trivial else g_idx,
-        spec,
-        options.checkpoint_format or ("gptq" if spec.sym else "gptq_v2"),
-    )
 
 
 def _relative(error: float, size: float) -> float:

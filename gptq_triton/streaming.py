@@ -286,27 +286,22 @@ class Observer:
         Where the first batch came to every layer once, later ones stop at the layer that was last.
         """
         self._hessians = {}
-        for batch in batches:
-            wanted = {} if full is None else full.inputs(batch, self.layers)
-            seen: list[str] = []
+        batch, seen, wanted = 0, [], {}
 
-            def see(
-                name: str,
-                x: Tensor,
-                mask: Tensor | None = masks[batch],
-                wanted: dict[str, Tensor] = wanted,
-                seen: list[str] = seen,
-            ) -> None:
-                self._see(name, x, mask, wanted.get(name))
-                seen.append(name)
-                if name == self._last:
-                    raise _Stop
+        def see(name: str, x: Tensor) -> None:
+            self._see(name, x, masks[batch], wanted.get(name))
+            seen.append(name)
+            if name == self._last:
+                raise _Stop
 
-            with _watching(self.layers, see), suppress(_Stop):
-                run(batch, masks[batch])
-            self._inputs.clear()
-            if batch == 0 and seen and sorted(seen) == sorted(self.layers):
-                self._last = seen[-1]
+        with _watching(self.layers, see):
+            for batch in batches:
+                seen, wanted = [], {} if full is None else full.inputs(batch, self.layers)
+                with suppress(_Stop):
+                    run(batch, masks[batch])
+                self._inputs.clear()
+                if batch == 0 and seen and sorted(seen) == sorted(self.layers):
+                    self._last = seen[-1]
         return self._hessians
 
     def hessian(self, name: str) -> Hessian:

@@ -219,6 +219,7 @@ def _loop(walk: _Walk) -> Step:
     scales, zeros, codes, spec = walk.scales, walk.zeros, walk.codes, walk.spec
 
     def step(tile: Tensor, columns: Tensor, change: Tensor, spread: Tensor, start: int) -> None:
+        misses = torch.empty_like(tile)
         for j in range(len(tile)):
             group = groups[start + j]
             if start + j in inside:
@@ -229,10 +230,10 @@ def _loop(walk: _Walk) -> Step:
             code = encode(tile[j], scale, zero, spec.maxq)
             codes[positions[start + j]] = code
             value = (code - zero).mul_(scale)
-            miss = tile[j] - value
+            miss = torch.sub(tile[j], value, out=misses[j])
             tile[j + 1 :].addr_(spread[j, j + 1 : len(tile)], miss, alpha=-1)
-            walk.loss.addcmul_(miss.square_(), walk.cost[start + j])
             torch.sub(columns[j], value, out=change[j])
+        walk.loss.addmv_(misses.square_().t(), walk.cost[start : start + len(tile)])
 
     return step
 

@@ -170,9 +170,11 @@ def test_rounds_raise_no_output_s_loss_whatever_the_walk_gives(problem, rounds):
         return Rounded(worst, grid.scales, grid.zeros, grid.g_idx) if how is factor else real(how, grid, moved)
 
     refined, loss = refine(columns, H, rounded, spec, order, factor, walk, rounds)
-    size = float((columns * (H.float() @ columns)).sum(0).max())  # gains are differences of what is as large
-    rough = {"rtol": 1e-9, "atol": 1e-13 * size}
-    assert torch.allclose(losses(columns, Metric(H), refined), loss, **rough)
+    # gains are differences of what is as large as the loss of the furthest values on a grid
+    size = (
+        torch.maximum(rounded.scales.amax(0), refined.scales.amax(0)).double().mul(spec.maxq).square() * H.abs().sum()
+    )
+    assert ((losses(columns, Metric(H), refined) - loss).abs() <= 1e-14 * rounds * size).all()
     assert_no_worse(columns, H, refined, rounded)
     fitted = refit_scales(columns, Metric(H), rounded, spec, Members.of(rounded.g_idx))[0]
     tried = (fitted, *(descend(columns, H, r, spec, order) for r in (fitted, walk(factor, fitted, None))))

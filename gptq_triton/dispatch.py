@@ -232,14 +232,14 @@ def _dequantize(problem: Problem) -> DequantizePlan:
 def candidates(problem: Problem) -> Iterator[FusedPlan]:
     """Every plan worth timing."""
     rows, many = problem.M, problem.subgroups > 1  # digits have sums for each scale, floats only more scales
-    most = ROWS_OF_DECODE if many else ROWS_OF_DIGITS
+    most, few = ROWS_OF_DECODE if many else ROWS_OF_DIGITS, 4 if many else ROWS_OF_DECODE
     if problem.takes_digits and rows <= most:
         yield from _decode(problem)
         if rows > ROWS_OF_DECODE and problem.capability == 90:
             yield from _wide(problem)
-    if problem.takes_large and rows > most:
+    if problem.takes_large and rows > (few if many else most):
         yield from _large(problem)
-    if rows <= ROWS_OF_MATMUL and (not problem.takes_digits or rows > (4 if many else ROWS_OF_DECODE)):
+    if rows <= ROWS_OF_MATMUL and (not problem.takes_digits or rows > few):
         yield from _matmul(problem)
 
 
@@ -432,7 +432,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     elif isinstance(plan, WidePlan):
         resident, cycles = max(1, 16 // plan.warps), 230
     else:
-        resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m + 15 * more
+        resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m + 58 * more
         blocks_m, filling, digits = -(-problem.M // plan.block_m), 4.0, 0.0
     programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
     slots = resident * problem.multiprocessors

@@ -198,12 +198,12 @@ def try_to_solve(
         nearest = _round_to_nearest(target, H.diagonal(), spec, options)
         return nearest, energies(target), energies(target - nearest.dequantize())
 
-    aside = Aside(H.device, "nearest")
-    chosen, size, error_rtn = aside.run(before)  # a GPU has little to do while it factors a matrix
-    factor, loss, error = None, None, error_rtn
+    aside, factor, loss = Aside(H.device, "nearest"), None, None
     if method == "gptq":
         factor, failed = attempt(H, order, options.damp)
         factored = failed == 0
+    chosen, size, error_rtn = aside.run(before)  # a GPU has little to do while it factors a matrix
+    error = error_rtn
     aside.join()
     if factor is not None and (H.is_cuda or bool(factored)):
         if options.feedback and hessian.drift is not None:

@@ -128,6 +128,10 @@ def prefill() -> str:
             cublas, humming = (geomean(speedups(group, peer).values()) for peer in ("cublas", "humming"))
             entries.append(f"{_number(cublas)} ({_number(humming)})")
         lines.append(f"| {bits} | " + " | ".join(entries) + " |")
+    same = speedups(found, "cublas-dequantized")
+    if same:
+        means = [geomean(x for case, x in same.items() if case.M == M) for M in rows]
+        lines.append("| all, with the dequantized weight | " + " | ".join(map(_number, means)) + " |")
     return "\n".join(lines)
 
 

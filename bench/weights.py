@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from cases import Case
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptq_triton.packing import PackedWeight, pack_zeros, trivial_g_idx, unpack, unpack_zeros, words
+from gptq_triton.packing import PackedWeight, pack_weight, storable, trivial_g_idx, unpack, unpack_zeros, words
+from gptq_triton.quantizer import encode, group_params
 from gptq_triton.reference import dequantize
 from gptq_triton.spec import QuantSpec
 
 SLAB = 4096  # columns dequantized to float64 at once; a multiple of 32, so that zero points split at words
 
 
-def random_weight(case: Case, device: torch.device | str, seed: int = 0) -> PackedWeight:
-    """Random codes, never constant: equal operands draw less power and run at higher clocks.
+class Weights(NamedTuple):
+    """One weight.
 
-    Scales make outputs of about unit size from activations of unit size.
+    Attributes:
+        full: As a model holds it, (N, K), in 16 bits.
+        packed: Its rounding to nearest.
+    """
+
+    full: Tensor
+    packed: PackedWeight
+
+
+def random_weights(case: Case, device: torch.device | str, seed: int = 0) -> Weights:
+    """Normal numbers, never constant: equal operands draw less power and run at higher clocks.
+
+    Outputs are of about unit size for activations of unit size.
     """
     random = torch.Generator(device).manual_seed(seed)
-    K, N, bits = case.K, case.N, case.bits
-    spec = QuantSpec(bits, case.group_size, sym=case.sym, desc_act=case.act_order)
-    shape = (spec.groups(K), N)
-    middle = 2 ** (bits - 1)
-    zeros = torch.full(shape, middle, device=device)
-    if not case.sym:
-        zeros += torch.randint(-(middle // 2), middle // 2 + 1, shape, generator=random, device=device)
-    scales = (0.5 + torch.rand(shape, generator=random, device=device)) * 3 / (spec.maxq * K**0.5)
-    g_idx = None
+    N, K, dtype = case.N, case.K, getattr(torch, case.dtype)
+    spec = QuantSpec(case.bits, case.group_size, sym=case.sym, desc_act=case.act_order)
+    full = torch.randn(N, K, generator=random, device=device).div_(K**0.5).to(dtype)
+    g_idx = trivial_g_idx(K, case.group_size, device)
     if case.act_order:
-        g_idx = trivial_g_idx(K, case.group_size, device)[torch.randperm(K, generator=random, device=device)]
-    low, high = -(2**31), 2**31
-    return PackedWeight(
-        torch.randint(low, high, (words(K, bits), N), generator=random, device=device, dtype=torch.int32),
-        scales.to(getattr(torch, case.dtype)),
-        pack_zeros(zeros, bits, "gptq_v2"),
-        g_idx,
-        spec,
-        K,
-        "gptq_v2",
-    ).validate()
+        g_idx = g_idx[torch.randperm(K, generator=random, device=device)]
+    by_group = g_idx.argsort(stable=True)
+    columns = full.float()[:, by_group]
+    rows = spec.rows_per_group(K)
+    columns = nn.functional.pad(columns, (0, spec.groups(K) * rows - K)).view(-1, rows)  # a range holds 0 in any case
+    scales, zeros = group_params(columns, spec.maxq, spec.sym)
+    scales = storable(scales, dtype)
+    codes = encode(columns, scales.float()[:, None], zeros[:, None], spec.maxq).to(torch.uint8).view(N, -1)
+    grid = scales.view(N, -1).t(), zeros.view(N, -1).t()
+    order = g_idx if case.act_order else None
+    return Weights(full, pack_weight(codes[:, by_group.argsort()].t(), *grid, order, spec, "gptq_v2"))
+
+
+def random_weight(case: Case, device: torch.device | str, seed: int = 0) -> PackedWeight:
+    """What is quantized of `random_weights`."""
+    return random_weights(case, device, seed).packed
 
 
 def dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

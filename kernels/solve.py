@@ -74,13 +74,15 @@ def solve_kernel(
     """BLOCK_N rows of the weight a program, and every column of the block, which it has in parts of SUB.
 
     A column waits for those before it: for a comparison, a select and a sum of each value of its part, which pick it
-    out of the registers, for a division, and for the update of its part. Updates of later parts fill the time.
+    out of the registers, for a division, and for the update of its part. Updates of later parts fill the time. What
+    comes from memory is asked for a column ahead, or with its part; what is stored waits for the part's end.
     """
     # Which rows are mine
     PARTS: tl.constexpr = BLOCK_K // SUB
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_s = tl.arange(0, SUB)
     mask_n = offs_n < N
+    last = count - 1
 
     # Load the block, and what the first step needs
     parts = ()
@@ -91,52 +93,62 @@ def solve_kernel(
     group = tl.load(groups_ptr + first).to(tl.int64)  # it may have started in the block before
     scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=1.0).to(tl.float32)
     zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
-    columns_ptrs, change_ptrs = columns_ptr + offs_n, change_ptr + offs_n
+    if FIND:
+        run = tl.load(runs_ptr + first)
+    else:
+        group = tl.load(groups_ptr + first + tl.minimum(1, last)).to(tl.int64)
     row_ptrs = spread_ptr + offs_s[:, None] + tl.zeros([1, BLOCK_N], tl.int32)
+    offs = offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
     loss = tl.load(loss_ptr + offs_n, mask=mask_n, other=0.0)
 
     # Walk the columns
     for s in tl.static_range(PARTS):
+        offs_k = s * SUB + offs_s
+        mask_k = offs_k < count
+        mask = mask_k[:, None] & mask_n[None, :]
+        originals = tl.load(columns_ptr + offs, mask=mask, other=0.0)
+        positions = tl.load(positions_ptr + first + offs_k, mask=mask_k, other=0).to(tl.int64)
+        codes, values = tl.zeros_like(originals), tl.zeros_like(originals)
         for own_j in range(tl.minimum(count - s * SUB, SUB)):
             j = s * SUB + own_j
-            group = tl.load(groups_ptr + first + j).to(tl.int64)
-            position = tl.load(positions_ptr + first + j).to(tl.int64)
-            original = tl.load(columns_ptrs, mask=mask_n, other=0.0)
+            mine = (offs_s == own_j)[:, None]
+            cost, rows = tl.load(cost_ptr + first + j), ()
+            for p in tl.static_range(PARTS - s):
+                rows = rows + (tl.load(row_ptrs + (j * BLOCK_K + (s + p) * SUB)),)
             if FIND:
-                run = tl.load(runs_ptr + first + j)
                 if run > 0:
                     low, high = tl.zeros_like(zero), tl.zeros_like(zero)  # a range holds 0 in any case
                     for p in tl.static_range(PARTS - s):
-                        offs_k = (s + p) * SUB + offs_s
-                        inside = (offs_k >= j) & (offs_k < j + run)
-                        members = tl.where(inside[:, None], parts[p], 0.0)
+                        at = (s + p) * SUB + offs_s
+                        members = tl.where(((at >= j) & (at < j + run))[:, None], parts[p], 0.0)
                         low, high = tl.minimum(low, tl.min(members, axis=0)), tl.maximum(high, tl.max(members, axis=0))
                     scale, zero = grid_of(  # pyright: ignore[reportGeneralTypeIssues]
                         low, high, maxq, scales_ptr.dtype.element_ty, SYM
                     )
+                    group = tl.load(groups_ptr + first + j).to(tl.int64)
                     tl.store(scales_ptr + group * N + offs_n, scale.to(scales_ptr.dtype.element_ty), mask=mask_n)
                     tl.store(zeros_ptr + group * N + offs_n, zero, mask=mask_n)
+                run = tl.load(runs_ptr + first + tl.minimum(j + 1, last))
                 next_scale, next_zero = scale, zero
-            else:  # a column ahead
-                group = tl.load(groups_ptr + first + tl.minimum(j + 1, count - 1)).to(tl.int64)
+            else:
                 next_scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=1.0).to(tl.float32)
                 next_zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0.0)
-            column = tl.sum(tl.where((offs_s == own_j)[:, None], parts[0], 0.0), axis=0)
+                group = tl.load(groups_ptr + first + tl.minimum(j + 2, last)).to(tl.int64)
+            column = tl.sum(tl.where(mine, parts[0], 0.0), axis=0)
             steps = tl.minimum(tl.maximum(tl.div_rn(column, scale), -1024.0), 1024.0)  # beyond any code: same code
             code = tl.minimum(tl.maximum(to_nearest(steps) + zero, 0.0), maxq.to(tl.float32))
             value = (code - zero) * scale
             miss = column - value
-            loss += miss * miss * tl.load(cost_ptr + first + j)
             moved = ()
             for p in tl.static_range(PARTS - s):  # columns up to this one, and beyond the last, hold anything from now
-                row = tl.load(row_ptrs + (j * BLOCK_K + (s + p) * SUB))
-                moved = moved + (parts[p] - row * miss[None, :],)
+                moved = moved + (parts[p] - rows[p] * miss[None, :],)
             parts = moved
-            tl.store(codes_ptr + position * N + offs_n, code.to(tl.uint8), mask=mask_n)
-            tl.store(change_ptrs, original - value, mask=mask_n)
-            columns_ptrs += N
-            change_ptrs += N
+            loss += miss * miss * cost
+            codes, values = tl.where(mine, code[None, :], codes), tl.where(mine, value[None, :], values)
             scale, zero = next_scale, next_zero
+        tl.store(codes_ptr + positions[:, None] * N + offs_n[None, :], codes.to(tl.uint8), mask=mask)
+        tl.store(change_ptr + offs, originals - values, mask=mask)
+        offs += SUB * N
         parts = parts[1:]
     tl.store(loss_ptr + offs_n, loss, mask=mask_n)
 
@@ -216,5 +228,5 @@ VARIANTS = tuple(
     {"kernel": solve_kernel, **_POINTERS, "FIND": find, "SYM": sym, "BLOCK_K": BLOCK_K, "SUB": SUB}
     for find, sym in ((True, False), (True, True), (False, False))
 )
-# Rows a program and warps: the launcher's default, and what else may be tried
-TILES = ((8, 1), (16, 1), (32, 4))
+# Rows a program and warps: the launcher's default
+TILES = ((8, 1),)

@@ -13,6 +13,15 @@ from torch import Tensor
 from .launch import run
 
 
+@triton.jit
+def _row(h_ptrs, codes_ptr, gradient_ptr, row, before_ptrs, mask_r, mask_n):
+    """A row of H inside the group, and the codes, gradients and changes of its input."""
+    h = tl.load(h_ptrs, mask=mask_r, other=0.0)
+    code = tl.load(codes_ptr + row, mask=mask_n, other=0)
+    gradient = tl.load(gradient_ptr + row, mask=mask_n, other=0.0)
+    return h, code, gradient, tl.load(before_ptrs, mask=mask_n, other=0.0)
+
+
 @triton.jit(do_not_specialize=["group", "first", "count", "maxq", "N", "stride_h"])
 def refit_kernel(
     codes_ptr,
@@ -37,7 +46,7 @@ def refit_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_N outputs a program: their codes stay in registers, rows of H pass by."""
+    """BLOCK_N outputs a program: their codes stay in registers, rows of H pass by, the next one on its way."""
     # Load the group
     if ALIGNED:
         N = tl.multiple_of(N, 16)
@@ -58,14 +67,18 @@ def refit_kernel(
     product = tl.zeros((BLOCK_N,), tl.float64)  # steps target
     plain = tl.zeros((BLOCK_N,), tl.float64)  # 1 target
     ones = scale * 0.0  # 1 H 1
-    before_ptrs = before_ptr + offs_n
+    h_ptrs = h_ptr + first.to(tl.int64) * (stride_h + 1) + offs_r
+    row, before_ptrs = first.to(tl.int64) * N + offs_n, before_ptr + offs_n
+    ahead = _row(h_ptrs, codes_ptr, gradient_ptr, row, before_ptrs, mask_r, mask_n)
     for r in range(count):
-        h = tl.load(h_ptr + (first + r).to(tl.int64) * stride_h + first + offs_r, mask=mask_r, other=0.0).to(tl.float64)
-        row = (first + r).to(tl.int64) * N + offs_n
-        own = tl.load(codes_ptr + row, mask=mask_n, other=0).to(tl.float64) - zero
-        gradient = tl.load(gradient_ptr + row, mask=mask_n, other=0.0).to(tl.float64)
-        gradient -= tl.load(before_ptrs, mask=mask_n, other=0.0).to(tl.float64)
+        h, own, gradient, before = ahead
+        h_ptrs += stride_h
+        row += N
         before_ptrs += N
+        more = r + 1 < count
+        ahead = _row(h_ptrs, codes_ptr, gradient_ptr, row, before_ptrs, mask_r & more, mask_n & more)
+        own, gradient = own.to(tl.float64) - zero, gradient.to(tl.float64) - before.to(tl.float64)
+        h = h.to(tl.float64)
         moved = tl.sum(h[:, None] * steps, axis=0)
         target = gradient + scale * moved
         square += own * moved

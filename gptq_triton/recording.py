@@ -35,10 +35,11 @@ class _Lane:
     """
 
     def __init__(self, weights: dict[str, Tensor], hessian: Hessian, spec: QuantSpec, options: SolverOptions):
-        self._stream, self._graph = torch.cuda.Stream(hessian.sum.device), torch.cuda.CUDAGraph()
+        self._device = hessian.sum.device
+        self._stream, self._graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()
         self._weights = {str(place): torch.empty_like(weight) for place, weight in enumerate(weights.values())}
-        self._hessian = Hessian(len(hessian.sum), hessian.sum.device)
-        torch.cuda.synchronize()
+        self._hessian = Hessian(len(hessian.sum), self._device)
+        torch.cuda.synchronize(self._device)
         with torch.cuda.stream(self._stream):
             self._graph.capture_begin(capture_error_mode="thread_local")
             self._trial = try_to_solve(self._weights, self._hessian, spec, options, "gptq")
@@ -46,7 +47,7 @@ class _Lane:
 
     def start(self, weights: dict[str, Tensor], hessian: Hessian) -> None:
         """Begin, once the current stream has come this far."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for kept, weight in zip(self._weights.values(), weights.values(), strict=True):
                 kept.copy_(weight)
@@ -55,10 +56,16 @@ class _Lane:
 
     def trial(self) -> Trial:
         """What came of it; the current stream waits."""
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         now = self._trial
         chosen = replace(now.chosen, scales=now.chosen.scales.clone())
         return replace(now, chosen=chosen, words=now.words.clone(), dequantized=now.dequantized.clone())
+
+
+def _recordable(hessian: Hessian, options: SolverOptions) -> bool:
+    """Whether a solve with it is a series of launches that is always the same."""
+    enough = hessian.tokens >= needed_tokens(len(hessian.sum), options)
+    return hessian.sum.is_cuda and options.fused and hessian.drift is None and enough
 
 
 class Recorder:
@@ -85,13 +92,10 @@ class Recorder:
         Returns:
             What ends it. At most LANES may be open.
         """
-
-        H = hessian.sum
-        enough = method == "gptq" and hessian.tokens >= needed_tokens(len(H), options)
-        if not (often and enough and H.is_cuda and options.fused and hessian.drift is None):
+        if not often or method == "rtn" or not _recordable(hessian, options):
             return functools.partial(solve, weights, hessian, spec, options, method)
         shapes = tuple((weight.shape, weight.dtype) for weight in weights.values())
-        shape = H.device, len(H), shapes, spec, options
+        shape = hessian.sum.device, len(hessian.sum), shapes, spec, options
         lanes = self._lanes.get(shape)
         if lanes is None:
             self._lanes[shape], first = [], solve(weights, hessian, spec, options)

@@ -242,7 +242,7 @@ def solutions(
             qweight=trial.words[:, here].contiguous(),
             scales=scales[:, here].contiguous(),
             qzeros=pack_zeros(trial.chosen.zeros[:, here], spec.bits, label),
-            g_idx=None if trivial else g_idx,
+            g_idx=None if trivial else g_idx.clone(),  # each layer's own, or none could be saved
             spec=spec,
             K=len(g_idx),
             checkpoint_format=label,

@@ -22,6 +22,7 @@ from .spec import QuantSpec
 
 LANES = 3  # recordings of one shape, which the GPU may run at once
 OFTEN = 8  # solves of one shape that are worth a recording
+MOST = 1 << 24  # weights, or elements of a Hessian, beyond which launches are not what a solve waits for
 
 Solve = Callable[[], dict[str, Solution]]
 
@@ -62,10 +63,11 @@ class _Lane:
         return replace(now, chosen=chosen, words=now.words.clone(), dequantized=now.dequantized.clone())
 
 
-def _recordable(hessian: Hessian, options: SolverOptions) -> bool:
-    """Whether a solve with it is a series of launches that is always the same."""
+def _recordable(weights: dict[str, Tensor], hessian: Hessian, options: SolverOptions) -> bool:
+    """Whether a solve is small, and a series of launches that is always the same."""
     enough = hessian.tokens >= needed_tokens(len(hessian.sum), options)
-    return hessian.sum.is_cuda and options.fused and hessian.drift is None and enough
+    small = max(hessian.sum.numel(), sum(weight.numel() for weight in weights.values())) <= MOST
+    return hessian.sum.is_cuda and options.fused and hessian.drift is None and enough and small
 
 
 class Recorder:
@@ -92,7 +94,7 @@ class Recorder:
         Returns:
             What ends it. At most LANES may be open.
         """
-        if not often or method == "rtn" or not _recordable(hessian, options):
+        if not often or method == "rtn" or not _recordable(weights, hessian, options):
             return functools.partial(solve, weights, hessian, spec, options, method)
         shapes = tuple((weight.shape, weight.dtype) for weight in weights.values())
         shape = hessian.sum.device, len(hessian.sum), shapes, spec, options

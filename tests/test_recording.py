@@ -37,7 +37,7 @@ class Lane:
 def lanes(monkeypatch):
     Lane.made = []
     monkeypatch.setattr(recording, "_Lane", Lane)
-    monkeypatch.setattr(recording, "_recordable", lambda hessian, options: True)
+    monkeypatch.setattr(recording, "_recordable", lambda weights, hessian, options: True)
     return Lane.made
 
 

@@ -17,8 +17,8 @@ class SolverOptions:
         block: Columns between two updates of the rest of the weight.
         static_groups: Find scales on the original weights, before any column is rounded. With
             act-order this keeps groups in order (a trivial g_idx).
-        group_aware: Without act-order, visit groups, and columns inside them, by falling importance.
-            Groups stay in order.
+        group_aware: Without act-order, visit groups, and columns inside them, by falling importance; one that is
+            shorter than the others comes last. Groups stay in order.
         mse: Clip each group's range where that lowers the rounding error.
         clip: The same, with each input's error weighed by what it costs the solver's output: the
             square over the factor's diagonal, ``(w - q)^2 / U_jj^2`` (the paper's equation 2); by the

@@ -47,10 +47,6 @@ class Rounded:
     zeros: Tensor
     g_idx: Tensor
 
-    def slice(self, start: int, stop: int) -> Rounded:
-        """Some of the outputs."""
-        return Rounded(self.codes[:, start:stop], self.scales[:, start:stop], self.zeros[:, start:stop], self.g_idx)
-
     def where(self, chosen: Tensor, other: Rounded) -> Rounded:
         """Outputs where ``chosen``, bool (N,), and those of ``other`` elsewhere; the groups must be the same."""
         return Rounded(

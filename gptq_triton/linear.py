@@ -26,6 +26,7 @@ from .packing import (
     zero_offset,
 )
 from .quantizer import encode
+from .scratch import scratch_of
 from .spec import QuantSpec
 
 _PACKED = ("qweight", "qzeros", "scales")
@@ -224,7 +225,7 @@ class QuantLinear(nn.Module):
         Scales of 64 bits have no tiles: such a layer stays as it is, and is multiplied by the reference.
         """
         if self._tiles is None and self.qweight.is_cuda and self.scales.dtype != torch.float64:
-            product.reserve(self.qweight.get_device())
+            scratch_of(self.qweight.get_device())  # while no CUDA graph is captured
             self._tile()
 
     def _tile(self) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -26,6 +24,7 @@ from .dispatch import (
     WidePlan,
 )
 from .layout import STEP, STRIP, TiledWeight
+from .scratch import scratch_of
 
 
 def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant: bool = False) -> Tensor:
@@ -160,7 +159,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
     )
     counters = -(-strips // plan.strips_of_program)  # of tiles
     words = split * counters * 64 * plan.strips_of_program
-    scratch = _scratch(device)
+    scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -217,7 +216,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     grid = -(-steps // digits_module.blocking(K, operands.ordered)[0])
     no_x = () if wide else (None, None)
     sizes = (M, N, steps, strips, N) if wide else (M, N, K, steps, strips, K, N)
-    scratch = _scratch(device)
+    scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -252,7 +251,7 @@ def _matmul(
 ) -> None:
     M, programs = problem.M, -(-problem.strips // plan.strips_of_program) * -(-problem.M // plan.block_m)
     x = _in_order(problem, x.view(M, weight.K) if x.dim() != 2 else x, weight)
-    scratch = _scratch(device)
+    scratch = scratch_of(device)
     with scratch.lock:
         workspace = counters = None
         if plan.split > 1:
@@ -288,7 +287,7 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
     )
     M, K, N = problem.M, operands.K, operands.N
     sums = programs * 64 * plan.groups * plan.block_m
-    scratch = _scratch(device)
+    scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -346,7 +345,7 @@ def _by_tiles(plan: TransposedPlan, problem: Problem, dy: Tensor, weight: TiledW
     )
     sums = plan.programs * STEP * plan.block_m if plan.streamed else 0
     stream = torch._C._cuda_getCurrentRawStream(device)
-    scratch = _scratch(device)
+    scratch = scratch_of(device)
     with scratch.lock:
         memory, counters = scratch.get(stream, sums, 2 * plan.streamed)
         multiply(plan.programs, plan.streamed, stream, dy, weight.words, weight.meta, dx, memory, counters)
@@ -425,68 +424,3 @@ def gpu(device: int) -> tuple[str, int]:
 def gpu_name(device: int) -> str:
     """The name of a GPU, as tables and folders are called: "h200"."""
     return torch.cuda.get_device_name(device).removeprefix("NVIDIA ").lower().replace(" ", "-")
-
-
-class _Scratch:
-    """Memory of a GPU that outlives a launch.
-
-    Launches of one stream follow each other, so they share it. A captured launch may be replayed on any stream, beside
-    anything: it has scratch memory of its graph's and counters of its own for ever.
-    """
-
-    COUNTERS = 1 << 14
-    CAPTURED = 1 << 21
-
-    def __init__(self, device: int) -> None:
-        self.device = torch.device("cuda", device)
-        self.words: dict[int, Tensor] = {}
-        self.zeros: dict[int, Tensor] = {}
-        self.captured = torch.zeros(self.CAPTURED, dtype=torch.int32, device=self.device)
-        torch.cuda.current_stream(self.device).synchronize()
-        self.used = 0
-        self.lock = threading.Lock()
-
-    def get(self, stream: int, words: int, counters: int) -> tuple[int, int]:
-        """The addresses of `tensors`."""
-        memory, zeros = self.tensors(stream, words, counters)
-        return memory.data_ptr(), zeros.data_ptr()
-
-    def tensors(self, stream: int, words: int, counters: int) -> tuple[Tensor, Tensor]:
-        """At least so many uninitialized words, and zeroed counters, which the kernel leaves at zero."""
-        if torch.cuda.is_current_stream_capturing():
-            memory = torch.empty(words, dtype=torch.int32, device=self.device)
-            if self.used + counters > self.CAPTURED:  # rare: zeroed by every replay
-                return memory, torch.zeros(counters, dtype=torch.int32, device=self.device)
-            self.used += counters
-            return memory, self.captured[self.used - counters : self.used]
-        memory = self.words.get(stream)
-        if memory is None or len(memory) < words:
-            memory = self.words[stream] = self._lasting(torch.empty, words)
-        zeros = self.zeros.get(stream)
-        if zeros is None or len(zeros) < counters:
-            zeros = self.zeros[stream] = self._lasting(torch.zeros, max(counters, self.COUNTERS))
-        return memory, zeros
-
-    def _lasting(self, make: Callable[..., Tensor], length: int) -> Tensor:
-        """Memory from the common pool, whichever pool this thread is told to take from.
-
-        torch.compile's CUDA graphs run a model once inside their pool, where what outlives the run is an error.
-        """
-        stream = torch.cuda.current_stream(self.device)
-
-        def allocate() -> Tensor:
-            with torch.cuda.stream(stream):
-                return make(length, dtype=torch.int32, device=self.device)
-
-        with ThreadPoolExecutor(1) as other:
-            return other.submit(allocate).result()
-
-
-def reserve(device: int) -> None:
-    """Allocate what cannot be allocated while a CUDA graph is captured."""
-    _scratch(device)
-
-
-@functools.cache
-def _scratch(device: int) -> _Scratch:
-    return _Scratch(device)

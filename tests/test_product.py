@@ -123,7 +123,7 @@ def gpu(monkeypatch):
     """A machine with one H200 whose tensors are on the CPU."""
     kernels, scratch = Kernels(), Scratch()
     monkeypatch.setattr(product, "_kernels", kernels)
-    monkeypatch.setattr(product, "_scratch", lambda device: scratch)
+    monkeypatch.setattr(product, "scratch_of", lambda device: scratch)
     monkeypatch.setattr(product, "gpu", lambda device: ("sm_90", 132))
     monkeypatch.setattr(product, "gpu_name", lambda device: "h200")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

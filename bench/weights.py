@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 from cases import Case
-from torch import Tensor, nn
+from torch import Tensor
 
-from gptq_triton.packing import PackedWeight, pack_weight, storable, trivial_g_idx, unpack, unpack_zeros, words
-from gptq_triton.quantizer import encode, group_params
+from gptq_triton.packing import PackedWeight, pack_weight, trivial_g_idx, unpack, unpack_zeros, words
 from gptq_triton.reference import dequantize
+from gptq_triton.solver import SolverOptions, _round_to_nearest
 from gptq_triton.spec import QuantSpec
 
 SLAB = 4096  # columns dequantized to float64 at once; a multiple of 32, so that zero points split at words
@@ -41,15 +41,10 @@ def random_weights(case: Case, device: torch.device | str, seed: int = 0) -> Wei
     if case.act_order:
         g_idx = g_idx[torch.randperm(K, generator=random, device=device)]
     by_group = g_idx.argsort(stable=True)
-    columns = full.float()[:, by_group]
-    rows = spec.rows_per_group(K)
-    columns = nn.functional.pad(columns, (0, spec.groups(K) * rows - K)).view(-1, rows)  # a range holds 0 in any case
-    scales, zeros = group_params(columns, spec.maxq, spec.sym)
-    scales = storable(scales, dtype)
-    codes = encode(columns, scales.float()[:, None], zeros[:, None], spec.maxq).to(torch.uint8).view(N, -1)
-    grid = scales.view(N, -1).t(), zeros.view(N, -1).t()
-    order = g_idx if case.act_order else None
-    return Weights(full, pack_weight(codes[:, by_group.argsort()].t(), *grid, order, spec, "gptq_v2"))
+    columns = full.t().float()[by_group]
+    found = _round_to_nearest(columns, torch.ones(K, device=device), spec, SolverOptions(scale_dtype=dtype))
+    order, codes = g_idx if case.act_order else None, found.codes[by_group.argsort()]
+    return Weights(full, pack_weight(codes, found.scales, found.zeros, order, spec, "gptq_v2"))
 
 
 def random_weight(case: Case, device: torch.device | str, seed: int = 0) -> PackedWeight:

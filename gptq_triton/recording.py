@@ -107,9 +107,7 @@ class Recorder:
         lane.start(weights, hessian)
 
         def ended() -> dict[str, Solution]:
-            trial = lane.trial()
-            if not bool(trial.factored):
-                return solve(weights, hessian, spec, options)
-            return solutions(list(weights), trial, hessian.tokens, spec, options)
+            found = solutions(list(weights), lane.trial(), hessian.tokens, spec, options)
+            return solve(weights, hessian, spec, options) if found is None else found
 
         return ended

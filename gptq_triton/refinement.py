@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -156,9 +156,13 @@ class Members:
         order = g_idx.argsort(stable=True)
         groups = g_idx[order]
         names, lengths = (t.tolist() for t in groups.unique_consecutive(return_counts=True))
-        ends = itertools.pairwise(itertools.accumulate(lengths, initial=0))
-        spans = [(name, start, stop) for name, (start, stop) in zip(names, ends, strict=True)]
+        spans = [(name, *span) for name, span in zip(names, spans_of(lengths), strict=True)]
         return cls(None if torch.equal(groups, g_idx) else order, spans)
+
+
+def spans_of(lengths: Iterable[int]) -> list[tuple[int, int]]:
+    """Start and end of each of consecutive runs."""
+    return list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
 
 
 class Metric:

@@ -22,7 +22,7 @@ from .layers import weight_of
 from .options import SolverOptions
 from .packing import PackedWeight, pack, pack_zeros, storable, trivial_g_idx
 from .quantizer import encode
-from .refinement import Members, Rounded, refine
+from .refinement import Members, Rounded, refine, spans_of
 from .spec import QuantSpec
 from .walk import find_groups, group_lengths, stored, walk
 
@@ -125,21 +125,22 @@ def solve(
         ValueError: A weight or the Hessian is not finite, or their sizes differ.
     """
     names, needed = ", ".join(weights), needed_tokens(len(hessian.sum), options)
-    if method == "gptq" and hessian.tokens < needed:
-        logger.warning("%s: saw %d tokens, needs %d; rounded to nearest", names, hessian.tokens, needed)
-        method = "rtn"
     for name, weight in weights.items():
         if weight.shape[1] != len(hessian.sum):
             raise ValueError(f"{name}: the Hessian has {len(hessian.sum)} inputs, the weight {weight.shape[1]}")
-    trial = try_to_solve(weights, hessian, spec, options, method)
-    while not bool(trial.factored):
+    if method == "gptq" and hessian.tokens < needed:
+        logger.warning("%s: saw %d tokens, needs %d; rounded to nearest", names, hessian.tokens, needed)
+        method = "rtn"
+    while True:
+        trial = try_to_solve(weights, hessian, spec, options, method)
+        found = solutions(list(weights), trial, hessian.tokens, spec, options)
+        if found is not None:
+            return found
         if options.damp < 1:
             options = replace(options, damp=min(10 * options.damp, 1.0))
         else:
             logger.warning("%s: the Hessian cannot be factored even with damping 1; rounded to nearest", names)
             method = "rtn"
-        trial = try_to_solve(weights, hessian, spec, options, method)
-    return solutions(list(weights), trial, hessian.tokens, spec, options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,13 +225,15 @@ def try_to_solve(
 
 def solutions(
     names: list[str], trial: Trial, tokens: int, spec: QuantSpec, options: SolverOptions
-) -> dict[str, Solution]:
-    """What a trial that could factor its Hessian came to, layer by layer; a GPU is waited for.
+) -> dict[str, Solution] | None:
+    """What a trial came to, layer by layer; None if it could not factor the Hessian. A GPU is waited for.
 
     Raises:
         ValueError: A weight, the Hessian or a scale is not finite.
     """
     _check_finite(trial.finite, names)
+    if not bool(trial.factored):
+        return None
     scales, g_idx = storable(trial.chosen.scales, options.scale_dtype), trial.chosen.g_idx.to(torch.int32)
     trivial = torch.equal(g_idx, trivial_g_idx(len(g_idx), spec.group_size, g_idx.device))
     label = options.checkpoint_format or ("gptq" if spec.sym else "gptq_v2")
@@ -357,25 +360,23 @@ def _refined(
         What it becomes, and the loss of each output under the damped Hessian, float64 (N,).
     """
     given = replace(options, static_groups=True)
-    if not spec.desc_act:
+    if not (spec.desc_act or (options.group_aware and spec.groups(len(H)) == 1)):
         order = torch.argsort(H.diagonal(), descending=True, stable=True)
         factor, _ = attempt(H, order, options.damp)  # should rounding fail it, what it gives loses against all else
     # halves are exact to float32, other products take what they are given
     damped = H.clone() if has_tensor_cores(H) else H.double()
     damped.diagonal().add_(_ridge(H, options.damp))
     ordered = columns[order]
-    spans = itertools.pairwise(itertools.accumulate(group_lengths(len(H), spec), initial=0))
-    scattered = spec.desc_act and not options.static_groups
-    members = Members(
-        found.g_idx.argsort(stable=True) if scattered else None, [(group, *span) for group, span in enumerate(spans)]
-    )
+    by_group = found.g_idx.argsort(stable=True) if spec.desc_act and not options.static_groups else None
+    spans = [(group, *span) for group, span in enumerate(spans_of(group_lengths(len(H), spec)))]
 
     def again_from(factor: Factor, grid: Rounded, moved: Tensor | None) -> Rounded:
         return walk(ordered, factor, order, grid, spec, given, moved)[0]
 
     return refine(
-        columns, damped, found, spec, order, factor, again_from, options.refine, members=members, fused=options.fused
-    )
+        columns, damped, found, spec, order, factor, again_from, options.refine,
+        members=Members(by_group, spans), fused=options.fused,
+    )  # fmt: skip
 
 
 def _round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> Rounded:

@@ -12,7 +12,6 @@ which is algorithm 1 of the paper (Frantar et al., 2022), without H^-1 and witho
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from .hessian import Factor
 from .options import SolverOptions
 from .packing import storable, trivial_g_idx
 from .quantizer import MSE_NORM, encode, group_params, mse_shares
-from .refinement import Rounded, clipped_params, kept_shares
+from .refinement import Rounded, clipped_params, kept_shares, spans_of
 from .spec import QuantSpec
 
 STRIP = 512  # columns onto which the errors of all before are moved at once; inside, block after block is
@@ -272,11 +271,10 @@ def cut(lengths: tuple[int, ...], options: SolverOptions, longest: int | None, d
         device: Where the columns are.
     """
     limit = min(options.block, longest or options.block)
-    spans = list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
+    spans, searched = spans_of(lengths), options.mse or options.clip
     inside: dict[int, int] = {}
     ahead: dict[int, tuple[int, int]] = {}
-    searched = options.mse or options.clip
-    if searched and not options.static_groups:
+    if searched:
         blocks = [(first + a, first + b) for first, end in spans for a, b in _blocks([end - first], limit)]
     else:
         blocks = list(_blocks(list(lengths), limit))

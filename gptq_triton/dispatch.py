@@ -57,6 +57,11 @@ class Problem:
         return max(1, 128 // self.group_columns)
 
     @property
+    def rows_of_tile(self) -> int:
+        """Rows of x in a tile of the decode kernel: its eight columns are two digits for each row and subgroup."""
+        return 4 // self.subgroups
+
+    @property
     def capability(self) -> int:
         """NVIDIA's compute capability times ten; 0 for others."""
         return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
@@ -66,7 +71,7 @@ class Problem:
 class DecodePlan:
     """Tiles of `kernels/decode.py`."""
 
-    tiles: int  # of four rows of x
+    tiles: int  # of x
     strips: int
     warps_n: int
     warps_k: int
@@ -178,6 +183,7 @@ ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits
 # beyond, without the kernel for many rows, W as floats pays off: on an H200 between 128 (4096 x 4096) and 400 rows
 ROWS_OF_MATMUL = 192
 ROWS_OF_TRANSPOSED = 64  # of dy: below, W as floats is faster
+MOST_TILES = 4  # of the decode kernel
 SLAB_BYTES = 256 << 20  # of W as floats at a time
 
 
@@ -196,10 +202,10 @@ def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
         return _dequantize(problem)
     if batch_invariant:
         # the plan for most rows, whose tiles of x may be fewer
-        most = replace(problem, M=ROWS_OF_DECODE)
+        most = replace(problem, M=rows_of_decode(problem.group_columns))
         plans = _decode(most) if most.takes_digits else _matmul(most)
         plan = min(plans, key=lambda plan: microseconds(most, plan))
-        return replace(plan, tiles=1) if isinstance(plan, DecodePlan) and problem.M <= 4 else plan
+        return replace(plan, tiles=1) if isinstance(plan, DecodePlan) and problem.rows_of_tile >= problem.M else plan
     return min(candidates(problem), key=lambda plan: microseconds(problem, plan))
 
 
@@ -231,8 +237,9 @@ def _dequantize(problem: Problem) -> DequantizePlan:
 
 def candidates(problem: Problem) -> Iterator[FusedPlan]:
     """Every plan worth timing."""
-    rows, many = problem.M, problem.subgroups > 1  # digits have sums for each scale, floats only more scales
-    most, few = ROWS_OF_DECODE if many else ROWS_OF_DIGITS, 4 if many else ROWS_OF_DECODE
+    rows, many = problem.M, problem.subgroups > 1  # digits take more tiles for more groups, floats only more scales
+    most = MOST_TILES * problem.rows_of_tile
+    few = most // 2
     if problem.takes_digits and rows <= most:
         yield from _decode(problem)
         if rows > ROWS_OF_DECODE and problem.capability == 90:
@@ -267,14 +274,20 @@ _HOPPER = {
 _NVIDIA = {16: ((128, 4, 3, None),), 32: ((128, 4, 3, None),)}
 _AMD = {16: ((64, 4, 2, None),), 64: ((64, 4, 2, None),)}
 _FLOAT = {16: ((32, 8, 2, None),)}
+_STEP_BYTES = 1024 + 256  # of digits and sums, for a tile of x
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 elsewhere
 
 
+def rows_of_decode(group_columns: int) -> int:
+    """Rows of x that are multiplied at once where no row may depend on how many there are."""
+    return min(ROWS_OF_DECODE, MOST_TILES * 4 // max(1, 128 // group_columns))
+
+
 def _decode(problem: Problem) -> Iterator[DecodePlan]:
-    tiles = 1 if problem.M <= 4 else 2 if problem.M <= 8 else 4
+    tiles = next(tiles for tiles in _DECODE if tiles * problem.rows_of_tile >= problem.M)
     for strips, warps_n, warps_k, depth, chunk in _DECODE[tiles][problem.bits]:
-        step = tiles * _step_bytes(problem)
+        step = tiles * _STEP_BYTES
         room = _room(problem, tiles * strips * warps_n * warps_k)
         while chunk > 1 and 2 * chunk * warps_k * step > room:
             chunk //= 2
@@ -298,18 +311,13 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
     rounds = math.ceil(math.ceil(problem.steps / plan.warps_k) / plan.split)
     chunk = math.ceil(rounds / (2 * plan.warps_n)) * 2 * plan.warps_n  # whole passes of two steps a warp
     room = _room(problem, plan.strips * plan.warps_n * plan.warps_k)
-    if problem.M > 4 or chunk * plan.warps_k * _step_bytes(problem) > room:
+    if problem.rows_of_tile < problem.M or chunk * plan.warps_k * _STEP_BYTES > room:
         return None
     return replace(plan, chunk=chunk, own_digits=True)
 
 
-def _step_bytes(problem: Problem) -> int:
-    """Of digits and sums, for four rows of x."""
-    return 1024 + 256 * problem.subgroups
-
-
 def _room(problem: Problem, partial_sums: int) -> int:
-    """Bytes of shared memory for digits, beside partial sums of so many strips for four rows of x."""
+    """Bytes of shared memory for digits, beside partial sums of so many strips for four rows of x at most."""
     return _SHARED_MEMORY.get(problem.capability, 99) * 1024 - 256 * partial_sums
 
 
@@ -426,7 +434,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     digits = 0.8 + 0.0005 * problem.M * problem.steps  # by a launch before
     if isinstance(plan, DecodePlan):
         resident = max(1, 16 // (plan.warps_n * plan.warps_k))
-        cycles = 60 + 65 * plan.tiles + more * (45 + 14 * plan.tiles)
+        cycles = 60 + 65 * plan.tiles
         filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent else 0.4
         digits += _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):

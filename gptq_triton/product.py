@@ -38,7 +38,7 @@ def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant
         x = x.reshape(M, K)
         x = x if x.stride(1) == 1 else x.contiguous()
     stride = x.stride(-2) if x.dim() == 2 else K
-    rows = dispatch.ROWS_OF_DECODE if batch_invariant else M
+    rows = dispatch.rows_of_decode(weight.group_columns) if batch_invariant else M
     if rows >= M:
         _launch(weight, M, stride, x, bias, batch_invariant)(x, stride, bias, weight, y)
         return y
@@ -158,7 +158,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         **tiles,
     )
     counters = -(-strips // plan.strips_of_program)  # of tiles
-    words = split * counters * 64 * plan.strips_of_program
+    words = split * counters * 16 * plan.strips_of_program * problem.rows_of_tile
     scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -180,7 +180,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     digits_module = _kernels("digits")
     M, K, N = problem.M, operands.K, operands.N
     strips, steps, split = problem.strips, problem.steps, plan.split
-    subgroups, pdl = problem.subgroups, problem.capability >= 90
+    pdl = problem.capability >= 90
     wide = isinstance(plan, WidePlan)
     chosen = asdict(plan)
     chosen.pop("own_digits", None)
@@ -192,25 +192,25 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         pdl=pdl,
         **chosen,
     )
-    rows = 16 if wide else 4 * plan.tiles
     digits_of_x = digits_module.prepare_digits(
         device,
         problem.dtype,
         K=K,
         ordered=operands.ordered,
         aligned=operands.aligned,
-        subgroups=subgroups,
+        subgroups=problem.subgroups,
         tiles=0 if wide else plan.tiles,
-        rows=rows if wide else 0,
+        rows=16 if wide else 0,
         pdl=pdl,
     )
     tiles = -(-strips // plan.strips_of_program)
     programs = tiles if wide else plan.programs(problem)
     # one piece of memory, in words: digits, sums, workspace
-    digit_words = steps * rows * 64
-    sum_words = steps * 2 * subgroups * (rows if wide else 8 * rows)
+    digit_words = steps * (16 * 64 if wide else plan.tiles * 256)
+    sum_words = steps * (16 * 2 if wide else plan.tiles * 64)
     words = digit_words + sum_words
     if split > 1:
+        rows = 16 if wide else plan.tiles * problem.rows_of_tile
         words += split * tiles * 16 * plan.strips_of_program * rows
     counters = tiles if split > 1 else 0
     grid = -(-steps // digits_module.blocking(K, operands.ordered)[0])

@@ -37,12 +37,11 @@ class Text(Constants):
     Args:
         bits: 2, 3, 4 or 8.
         scales_bf16: Whether scales are bfloat16, not float16.
-        subgroups: Groups to a step: 1, 2 or 4.
         warpgroup: For products of warpgroups, whose operands are tensors of signed bytes, words four to an element.
     """
 
-    def __init__(self, bits: int, scales_bf16: bool, subgroups: int, *, warpgroup: bool) -> None:
-        self.key = (bits, scales_bf16, subgroups, warpgroup)
+    def __init__(self, bits: int, scales_bf16: bool, *, warpgroup: bool) -> None:
+        self.key = (bits, scales_bf16, warpgroup)
         self.bits = gl.constexpr(bits)
         self.pack = gl.constexpr(4 if warpgroup else 1)
         self.words = (gl.int32,) * (-(-bits // 2) if warpgroup else words(bits))
@@ -54,7 +53,7 @@ class Text(Constants):
             "unpack": registers_asm(bits, signed=warpgroup),
             "meta0": meta_asm(bits, 0, scales_bf16, signed=warpgroup),
             "meta1": meta_asm(bits, 1, scales_bf16, signed=warpgroup),
-            "product": product_asm(subgroups),
+            "product": product_asm(),
         }.items():
             setattr(self, name, gl.constexpr(asm))
             setattr(self, name + "_constraints", gl.constexpr(constraints))
@@ -81,25 +80,21 @@ def unpack(q, T: gl.constexpr):
 
 
 @gluon.jit
-def load_meta(ptr, step, strips, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr):
-    """For each subgroup of a step the meta words of rows n and n + 8."""
-    meta = ()
-    for u in gl.static_range(SUBGROUPS):
-        row = step * SUBGROUPS + u if SUBGROUPS > 1 else step // GROUP_STEPS
-        meta = meta + gl.inline_asm_elementwise(
-            LOAD2, "=&r,=&r,l", (ptr + row * strips * 16,), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
-        )
-    return meta
+def load_meta(ptr, group, strips):
+    """The meta words of rows n and n + 8 for a group."""
+    return gl.inline_asm_elementwise(
+        LOAD2, "=&r,=&r,l", (ptr + group * strips * 16,), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+    )
 
 
 @gluon.jit
-def scales_and_zeros(meta, u: gl.constexpr, T: gl.constexpr):
-    """Of subgroup u: the scales of rows n and n + 8, then their zero points, scaled as their codes are."""
+def scales_and_zeros(meta, T: gl.constexpr):
+    """The scales of rows n and n + 8, then their zero points, scaled as their codes are."""
     s0, z0 = gl.inline_asm_elementwise(
-        T.meta0, T.meta0_constraints, (meta[2 * u],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
+        T.meta0, T.meta0_constraints, (meta[0],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
     )
     s1, z1 = gl.inline_asm_elementwise(
-        T.meta1, T.meta1_constraints, (meta[2 * u + 1],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
+        T.meta1, T.meta1_constraints, (meta[1],), dtype=(gl.float32, gl.int32), is_pure=True, pack=1
     )
     return s0, s1, z0, z1
 

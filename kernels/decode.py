@@ -65,26 +65,27 @@ def _every_strip(t, L: gl.constexpr, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _pointers(words_ptr, meta_ptr, tile, strips, strip_words, S: gl.constexpr, L: gl.constexpr):
+def _pointers(
+    words_ptr, meta_ptr, tile, strips, strip_words, S: gl.constexpr, SUBGROUPS: gl.constexpr, L: gl.constexpr
+):  # fmt: skip
     """To the words and the meta of each lane for the first step of a tile's strips, [1, S, 32]."""
     LS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
     LL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))
     strip = gl.expand_dims(gl.expand_dims(gl.minimum(tile * S + gl.arange(0, S, LS), strips - 1), 0), 2)
     lane = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, LL), 0), 1)
+    meta_ptr += lane % SUBGROUPS * strips * 16  # of the subgroup whose sums a lane has
     return words_ptr + strip.to(gl.int64) * strip_words + lane * 4, meta_ptr + strip * 16 + lane // 4 * 2
 
 
 @gluon.jit
 def _step(
-    acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, SUBGROUPS: gl.constexpr, WARPS_K: gl.constexpr,
+    acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, WARPS_K: gl.constexpr,
     DL: gl.constexpr, UL: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """acc += scale * unit * ((code - zero) . q) over 128 columns."""
     SHAPE: gl.constexpr = q[0].shape
     a = q if T.as_they_are else unpack(q, T)
-    groups = ()
-    for u in gl.static_range(SUBGROUPS):
-        groups = groups + scales_and_zeros(meta, u, T)
+    group = scales_and_zeros(meta, T)
     out = ()
     for tile in gl.static_range(TILES):
         b = digits.slice(2 * tile, 2, dim=1).load(DL)  # [WARPS_K, 2, 128]
@@ -92,13 +93,9 @@ def _step(
         args = a
         for i in gl.static_range(8):
             args = args + (_every_strip(_pieces(b, 8, WARPS_K)[i], L, SHAPE),)
-        total = _pieces(
-            sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 32, 2 * SUBGROUPS)), 2 * SUBGROUPS, WARPS_K
-        )  # the unit, minus a subgroup's sum, the unit, ...
-        for u in gl.static_range(SUBGROUPS):
-            args = args + (groups[4 * u], groups[4 * u + 1], groups[4 * u + 2], groups[4 * u + 3])
-            args = args + (_every_strip(total[2 * u + 1], L, SHAPE),)
-        args = args + (_every_strip(total[0].to(gl.float32, bitcast=True), L, SHAPE),)
+        unit, total = _pieces(sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 32, 2)), 2, WARPS_K)
+        args = args + group + (_every_strip(total, L, SHAPE),)
+        args = args + (_every_strip(unit.to(gl.float32, bitcast=True), L, SHAPE),)
         args = args + (acc[2 * tile], acc[2 * tile + 1])
         out = out + gl.inline_asm_elementwise(
             T.product, T.product_constraints, args, dtype=(gl.float32, gl.float32), is_pure=True, pack=1
@@ -123,15 +120,13 @@ def _write_digits(
     ROWS: gl.constexpr, PASSES: gl.constexpr, PASS: gl.constexpr, SUBGROUPS: gl.constexpr,
     XL: gl.constexpr, TL: gl.constexpr,
 ):  # fmt: skip
-    """What digits.py writes, of steps first ... end, for ROWS <= 4 rows of x; PASS steps at a time."""
+    """What digits.py writes, of steps first ... end, for one tile of ROWS rows of x; PASS steps at a time."""
     step = gl.expand_dims(gl.arange(0, PASS, gl.SliceLayout(1, XL)), 1) + first
     column = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, XL)), 0)
-    # lane 4 n + t has the words (s, hb) of row n = 2 m + digit: [s // 2][m][digit, t, s % 2, hb]
+    # lane 4 n + t has the words (s, hb) of column n = 2 (SUBGROUPS m + u) + digit: [s // 2][m, u][digit, t, s % 2, hb]
     digits = digits._reinterpret(gl.int32, [PASSES, PASS, 2, 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
-    # lane 4 g + m: the unit and minus the sums of row m
-    sums = sums._reinterpret(
-        gl.int32, [PASSES, PASS, 8, 4, 2 * SUBGROUPS], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    )
+    # lane 4 g + SUBGROUPS m + u: the unit and minus the sum of row m over subgroup u
+    sums = sums._reinterpret(gl.int32, [PASSES, PASS, 8, 4, 2], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
     AHEAD: gl.constexpr = max(1, 4 // ROWS)  # passes whose loads are in flight together
     for p in gl.static_range(PASSES):
         if p % AHEAD == 0:
@@ -148,14 +143,26 @@ def _write_digits(
             integers, unit = split_digits(x[p % AHEAD * ROWS + m].to(gl.float32))
             words = gl.join(_four_bytes((integers + 128) >> 8, PASS), _four_bytes(integers, PASS))
             words = words.permute((0, 1, 5, 4, 2, 3)).reshape((PASS, 2, 1, 32))
-            digits.index(p).slice(m, 1, dim=2).store(words)
+            for u in gl.static_range(SUBGROUPS):
+                own = words if SUBGROUPS == 1 else gl.where(_subgroup(words, SUBGROUPS) == u, words, 0)
+                digits.index(p).slice(SUBGROUPS * m + u, 1, dim=2).store(own)
             total = -gl.sum(integers.reshape((PASS, SUBGROUPS, 128 // SUBGROUPS)), 2)
             unit = gl.convert_layout(unit.to(gl.int32, bitcast=True), gl.SliceLayout(1, total.type.layout))
             unit = gl.expand_dims(unit, 1).broadcast_to((PASS, SUBGROUPS))
-            both = gl.join(unit, total).reshape((PASS, 2 * SUBGROUPS))
-            both = gl.convert_layout(both, gl.SliceLayout(1, gl.SliceLayout(2, TL)))
-            both = gl.expand_dims(gl.expand_dims(both, 1), 2).broadcast_to((PASS, 8, 1, 2 * SUBGROUPS))
-            sums.index(p).slice(m, 1, dim=2).store(both)
+            both = gl.convert_layout(gl.join(unit, total), gl.SliceLayout(1, TL))
+            both = gl.expand_dims(both, 1).broadcast_to((PASS, 8, SUBGROUPS, 2))
+            sums.index(p).slice(SUBGROUPS * m, SUBGROUPS, dim=2).store(both)
+
+
+@gluon.jit
+def _subgroup(words, SUBGROUPS: gl.constexpr):
+    """That of each of the words [PASS, s // 2, 1, (digit, t, s % 2, hb)], [1, 2, 1, 32]."""
+    WL: gl.constexpr = words.type.layout
+    half = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, WL))))
+    half = gl.expand_dims(gl.expand_dims(gl.expand_dims(half, 0), 2), 3)
+    rest = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, WL))))
+    rest = gl.expand_dims(gl.expand_dims(gl.expand_dims(rest, 0), 1), 2)
+    return (2 * half + rest // 2 % 2) * SUBGROUPS // 4
 
 
 @gluon.jit
@@ -186,7 +193,9 @@ def decode_kernel(
     """
     S: gl.constexpr = STRIPS * WARPS_N
     STEP_WORDS: gl.constexpr = 64 * T.bits
-    WIDTH: gl.constexpr = 64 * SUBGROUPS  # of the sums of a step and tile
+    WIDTH: gl.constexpr = 64  # of the sums of a step and tile
+    LANES: gl.constexpr = 32 // SUBGROUPS  # with sums of their own: those over subgroups meet
+    TILE: gl.constexpr = 4 // SUBGROUPS  # rows of x
     ROWS: gl.constexpr = CHUNK * WARPS_K * TILES
 
     # Which tiles are mine: strips S * tile ..., rounds lo ... hi of WARPS_K steps
@@ -203,7 +212,7 @@ def decode_kernel(
     LK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
     step = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS_K, LK), 1), 2) + lo * WARPS_K
     step = step + gl.zeros((WARPS_K, S, 32), gl.int32, L)
-    q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, gl.program_id(0), strips, steps * STEP_WORDS, S, L)
+    q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, gl.program_id(0), strips, steps * STEP_WORDS, S, SUBGROUPS, L)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     SIDES: gl.constexpr = 1 if OWN_ROWS else 2
@@ -219,7 +228,7 @@ def decode_kernel(
     meta = ()
     for d in gl.static_range(DEPTH):
         q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
+        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last) * SUBGROUPS // GROUP_STEPS, strips),)
         step += WARPS_K
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
@@ -240,7 +249,7 @@ def decode_kernel(
             digit_chunks.index(0), sum_chunks.index(0), digits_ptr, sums_ptr,
             digit_offs, sum_offs, row, first, end, TILES,
         )  # fmt: skip
-    partial = gl.allocate_shared_memory(gl.float32, [2 * TILES, WARPS_K, S * 32], FLAT)
+    partial = gl.allocate_shared_memory(gl.float32, [2 * TILES, WARPS_K, S * LANES], FLAT)
     padded = (hi - lo + DEPTH - 1) // DEPTH * DEPTH  # rounds of words loaded for a tile
     ahead = DEPTH  # of them, for the tile that words are loaded for
     ahead_tile = gl.program_id(0)
@@ -248,7 +257,7 @@ def decode_kernel(
         ahead = 0
         ahead_tile += gl.num_programs(0)
         step -= padded * WARPS_K
-        q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, L)
+        q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, SUBGROUPS, L)
     side = 0
     for tile in range(gl.program_id(0), tiles_n, gl.num_programs(0)):
         acc = ()
@@ -281,7 +290,6 @@ def decode_kernel(
                             sums.index(stage),
                             T,
                             TILES,
-                            SUBGROUPS,
                             WARPS_K,
                             DL,
                             UL,
@@ -290,7 +298,7 @@ def decode_kernel(
                     q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
                     meta = (
                         meta[:d]
-                        + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
+                        + (load_meta(m_ptrs, gl.minimum(step, last) * SUBGROUPS // GROUP_STEPS, strips),)
                         + meta[d + 1 :]
                     )
                     step += WARPS_K
@@ -301,21 +309,23 @@ def decode_kernel(
                         ahead = 0
                         ahead_tile += gl.num_programs(0)
                         step -= padded * WARPS_K
-                        q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, L)
+                        q_ptrs, m_ptrs = _pointers(
+                            words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, SUBGROUPS, L
+                        )
             side = (SIDES - 1) - side
 
         # Epilogue: add the WARPS_K partial sums, then those of all programs in a fixed order
         for c in gl.static_range(2 * TILES):
             part = acc[c] * T.higher if c % 2 else acc[c]
-            partial.index(c).store(part.reshape((WARPS_K, S * 32)))
+            partial.index(c).store(gl.sum(part.reshape((WARPS_K, S * LANES, SUBGROUPS)), 2))
         barrier()
-        offs_j = gl.arange(0, S * 32, gl.SliceLayout(0, YL))
+        offs_j = gl.arange(0, S * LANES, gl.SliceLayout(0, YL))
         mine = True
         if SPLITS:
-            part_ptr = workspace_ptr + tile * (2 * TILES * S * 32) + offs_j
-            split_stride = tiles_n * (2 * TILES * S * 32)
+            part_ptr = workspace_ptr + tile * (2 * TILES * S * LANES) + offs_j
+            split_stride = tiles_n * (2 * TILES * S * LANES)
             for c in gl.static_range(2 * TILES):
-                gl.store(part_ptr + pid_k * split_stride + c * S * 32, gl.sum(partial.index(c).load(YL), 0))
+                gl.store(part_ptr + pid_k * split_stride + c * S * LANES, gl.sum(partial.index(c).load(YL), 0))
             barrier()
             mine = gl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == split - 1
             if mine:
@@ -323,14 +333,14 @@ def decode_kernel(
         if mine:
             for c in gl.static_range(2 * TILES):
                 if SPLITS:
-                    y = gl.load(part_ptr + c * S * 32, cache_modifier=".cg")
+                    y = gl.load(part_ptr + c * S * LANES, cache_modifier=".cg")
                     for j in range(1, split):
-                        y += gl.load(part_ptr + j * split_stride + c * S * 32, cache_modifier=".cg")
+                        y += gl.load(part_ptr + j * split_stride + c * S * LANES, cache_modifier=".cg")
                 else:
                     y = gl.sum(partial.index(c).load(YL), 0)
-                # row g + 8 r8 of a strip and row t of a tile of x
-                offs_n = (tile * S + offs_j // 32) * 16 + 8 * (c % 2) + offs_j % 32 // 4
-                offs_m = 4 * (c // 2) + offs_j % 4
+                # row g + 8 r8 of a strip and row m of a tile of x
+                offs_n = (tile * S + offs_j // LANES) * 16 + 8 * (c % 2) + offs_j % LANES // TILE
+                offs_m = TILE * (c // 2) + offs_j % TILE
                 if bias_ptr is not None:
                     y += gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
                 y_ptrs = y_ptr + offs_m.to(gl.int64) * stride_ym + offs_n
@@ -354,7 +364,7 @@ def constants(
     same = [[0, 0, 0] for _ in here]
     in_k = [[k, 0, 0] for k in bits_of(warps_k)]
     return {
-        "T": Text(bits, scales_bf16, subgroups, warpgroup=False), "TILES": tiles, "STRIPS": strips, "WARPS_N": warps_n,
+        "T": Text(bits, scales_bf16, warpgroup=False), "TILES": tiles, "STRIPS": strips, "WARPS_N": warps_n,
         "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
         "PERSISTENT": persistent,
         "GROUP_STEPS": max(1, group_columns // 128),
@@ -367,8 +377,7 @@ def constants(
             [[0, 0, 1], [0, 0, 2], [0, 1, 0]], [[0, 0, 4 * b] for b in bits_of(32)], same + in_k, [warps_k, 2, 128]
         ),
         "UL": linear(
-            [[0, 0, b] for b in bits_of(2 * subgroups)], [[0, 0, 2 * subgroups * b] for b in bits_of(32)],
-            same + in_k, [warps_k, 1, 64 * subgroups],
+            [[0, 0, 1]], [[0, 0, 2 * b] for b in bits_of(32)], same + in_k, [warps_k, 1, 64],
         ),
         "CL": gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]),
         "YL": gl.BlockedLayout([warps_k, 1], [1, 32], [1, warps], [1, 0]),
@@ -378,9 +387,9 @@ def constants(
             [2 * warps, 128],
         ),
         "TL": linear(
-            [[0, 0, 0, b] for b in bits_of(2 * subgroups)] + [[0, b, 0, 0] for b in bits_of(8)],
+            [[0, 0, 0, 1]] + [[0, 0, b, 0] for b in bits_of(subgroups)] + [[0, b, 0, 0] for b in bits_of(8)],
             [[0, 0, 0, 0]] * 4 + [[1, 0, 0, 0]], [[2 * b, 0, 0, 0] for b in bits_of(warps)],
-            [2 * warps, 8, 1, 2 * subgroups],
+            [2 * warps, 8, subgroups, 2],
         ),
     }  # fmt: skip
 
@@ -399,7 +408,7 @@ def prepare_decode(
         bits: 2, 3, 4 or 8.
         scales_bf16: Whether scales are bfloat16, not float16.
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
-        tiles: Of four rows of x: 1, 2 or 4.
+        tiles: Of x, of four rows, or two or one where a step has two or four groups: 1, 2 or 4.
         strips: Strips of 16 rows of W to a warp.
         warps_n: Warps over strips.
         warps_k: Warps over steps.
@@ -408,7 +417,7 @@ def prepare_decode(
         split: Programs over k.
         persistent: A program takes one tile after another.
         pdl: Programmatic dependent launch (sm_90 on).
-        own_rows: M, up to 4, if programs find the digits of x, else 0.
+        own_rows: M, at most one tile, if programs find the digits of x, else 0.
         ordered: Whether there is an order (with own_rows).
         aligned: Rows of x start at multiples of 16 bytes (with own_rows).
 
@@ -421,8 +430,9 @@ def prepare_decode(
         - digits, sums: as digits.py writes them; None with own_rows.
         - words: int32 (all_strips, steps, 64 * bits).
         - meta: int32 (groups, all_strips * 16), scales of 16 bits above zero points.
-        - bias: (N,), or None. y: (M, N), unit stride along N, M at most 4 * tiles; overwritten.
-        - workspace: float32, split * programs * 64 * tiles * strips * warps_n elements; None when split is 1.
+        - bias: (N,), or None. y: (M, N), unit stride along N, M at most the rows of all tiles; overwritten.
+        - workspace: float32, split * programs * 16 * strips * warps_n elements for each row of the tiles; None when
+          split is 1.
         - counters: int32, a zero for each of ``programs``, left at zero; None when split is 1.
     """
     names = constants(

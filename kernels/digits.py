@@ -90,21 +90,24 @@ def digits_kernel(
     # Store
     word = tl.arange(0, 8)[None, :, None]
     t = tl.arange(0, 4)[None, None, :]
-    offs_u = tl.arange(0, SUBGROUPS)[None, :]
-    sums = -tl.sum(tl.reshape(integers, (BLOCK, SUBGROUPS, 128 // SUBGROUPS)), 2)
     units = unit.to(tl.int32, bitcast=True)
     if ROWS == 0:
-        # for decode.py: tiles of four rows of x, which are eight columns n = 2 m + digit; [s // 2][lane][s % 2][hb]
-        tile = step * TILES + m // 4
-        ptrs = digits_ptr + tile[:, None, None] * 256 + word // 4 * 128 + (8 * (m % 4) + t) * 4 + word % 4
-        tl.store(ptrs, high_words, mask=mask[:, None, None])
-        tl.store(ptrs + 16, low_words, mask=mask[:, None, None])
-        # unit and sums of row t for every lane 4 g + t
-        lanes = 4 * tl.arange(0, 8)[None, :] + m % 4
-        firsts = sums_ptr + (tile[:, None] * 32 + lanes) * (2 * SUBGROUPS)
-        ptrs = firsts[:, :, None] + 2 * offs_u[:, None, :]
-        tl.store(ptrs, tl.broadcast_to(units[:, None, None], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
-        tl.store(ptrs + 1, tl.broadcast_to(sums[:, None, :], (BLOCK, 8, SUBGROUPS)), mask=mask[:, None, None])
+        # for decode.py: tiles of eight columns n = 2 (SUBGROUPS m + u) + digit, 0 outside of subgroup u; words
+        # [s // 2][lane 4 n + t][s % 2][hb]
+        TILE: tl.constexpr = 4 // SUBGROUPS  # rows of x
+        tile = step * TILES + m // TILE
+        ptrs = digits_ptr + tile[:, None, None] * 256 + word // 4 * 128 + t * 4 + word % 4
+        for u in tl.static_range(SUBGROUPS):
+            inside = word * SUBGROUPS // 8 == u
+            place = (m % TILE * SUBGROUPS + u) * 32
+            tl.store(ptrs + place, tl.where(inside, high_words, 0), mask=mask[:, None, None])
+            tl.store(ptrs + place + 16, tl.where(inside, low_words, 0), mask=mask[:, None, None])
+        # unit and sum for every lane 4 g + SUBGROUPS m + u
+        sums = -tl.sum(tl.reshape(integers, (BLOCK, SUBGROUPS, 128 // SUBGROUPS)), 2)
+        lane = 4 * tl.arange(0, 8)[None, :, None] + m % TILE * SUBGROUPS + tl.arange(0, SUBGROUPS)[None, None, :]
+        ptrs = sums_ptr + (tile[:, None, None] * 32 + lane) * 2
+        tl.store(ptrs, tl.broadcast_to(units[:, None, None], ptrs.shape), mask=mask[:, None, None])
+        tl.store(ptrs + 1, tl.broadcast_to(sums[:, None, :], ptrs.shape), mask=mask[:, None, None])
     else:
         # for wide.py: rows n = 2 m + digit of 128 bytes, 16-byte pieces (s, hb) swizzled as in shared memory
         n = 2 * m
@@ -112,10 +115,9 @@ def digits_kernel(
         tl.store(ptrs + n * 32 + (word ^ n % 8) * 4, high_words, mask=mask[:, None, None])
         tl.store(ptrs + (n + 1) * 32 + (word ^ (n + 1) % 8) * 4, low_words, mask=mask[:, None, None])
         # units, then sums; a lane 4 g + t reads all rows 4 j + t at once
-        place = m % 4 * (ROWS // 4) + m // 4
-        firsts = sums_ptr + step * (2 * SUBGROUPS * ROWS) + place
-        tl.store(firsts, units, mask=mask)
-        tl.store(firsts[:, None] + (1 + offs_u) * ROWS, sums, mask=mask[:, None])
+        ptrs = sums_ptr + step * (2 * ROWS) + m % 4 * (ROWS // 4) + m // 4
+        tl.store(ptrs, units, mask=mask)
+        tl.store(ptrs + ROWS, -tl.sum(integers, 1), mask=mask)
 
 
 def prepare_digits(
@@ -130,8 +132,8 @@ def prepare_digits(
         K: Columns of x.
         ordered: Whether there is an order.
         aligned: Rows of x start at multiples of 16 bytes.
-        subgroups: 1, 2 or 4 to a step.
-        tiles: For decode.py: tiles of four rows of x; else 0.
+        subgroups: For decode.py: 1, 2 or 4 to a step; else 1.
+        tiles: For decode.py: tiles of 4 / subgroups rows of x; else 0.
         rows: For wide.py: rows of x in a block; else 0.
         pdl: Programmatic dependent launch (sm_90 on).
 
@@ -142,8 +144,8 @@ def prepare_digits(
         - x: (M, K), unit stride along K.
         - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.
         - digits: for decode.py int32 (steps, tiles, 256); for wide.py (steps, rows, 64).
-        - sums: for decode.py int32 (steps, tiles, 32, subgroups, 2): the bits of the unit and minus the subgroup's sum;
-          for wide.py (steps, 2 * subgroups, rows): the bits of the unit, then minus the sums.
+        - sums: for decode.py int32 (steps, tiles, 32, 2), for wide.py (steps, 2, rows): the bits of the unit and minus
+          the sum.
     """
     block, numbers = blocking(K, ordered)
     constants = {

@@ -101,33 +101,29 @@ def meta_asm(bits: int, r8: int, scales_bf16: bool, *, signed: bool = False) -> 
     return f"{{ .reg .b16 l, h; {scale} {zero} }}", "=&f,=&r,r"
 
 
-def product_asm(subgroups: int) -> tuple[str, str]:
-    """Sums of one step, strip and tile of four rows of x, added to the accumulators of rows n and n + 8.
+def product_asm() -> tuple[str, str]:
+    """Sums of one step, strip and tile of x, added to the accumulators of rows n and n + 8.
 
-    Outputs two fp32 accumulators. Inputs, in this order: 16 registers [s][hb][r8]; 8 words of digits [s][hb]; for each
-    subgroup the scales of rows n and n + 8, then their zero points, then minus the sum of x over the subgroup; the unit
-    of x; the accumulators.
+    Outputs two fp32 accumulators. Inputs, in this order: 16 registers [s][hb][r8]; 8 words of digits [s][hb]; the
+    scales of rows n and n + 8; their zero points; minus the sum of x over the group; the unit of x; the accumulators.
     """
-    A, B, rest = 2, 18, 26
-    unit = rest + 5 * subgroups
+    A, B, scale, zero, total, unit = 2, 18, 26, 28, 30, 31
     lines = [f"mov.f32 $0, ${unit + 1}; mov.f32 $1, ${unit + 2}; mov.b32 z, 0;"]
-    for u in range(subgroups):
-        scale, zero, total = rest + 5 * u, rest + 5 * u + 2, rest + 5 * u + 4
-        before = "{z, z, z, z}"
-        for s in range(4 * u // subgroups, 4 * (u + 1) // subgroups):
-            a = ", ".join(f"${A + 4 * s + i}" for i in range(4))
-            lines.append(
-                "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {c0, c1, c2, c3}, "
-                f"{{{a}}}, {{${B + 2 * s}, ${B + 2 * s + 1}}}, {before};"
-            )
-            before = "{c0, c1, c2, c3}"
-        for r8, (high, low) in enumerate((("c0", "c1"), ("c2", "c3"))):
-            lines += [
-                f"mad.lo.s32 {low}, {high}, 256, {low};",
-                f"mad.lo.s32 {low}, ${zero + r8}, ${total}, {low};",
-                f"cvt.rn.f32.s32 f, {low};",
-                f"mul.f32 g, ${scale + r8}, ${unit};",
-                f"fma.rn.f32 ${r8}, f, g, ${r8};",
-            ]
-    kinds = ["r"] * 24 + ["f", "f", "r", "r", "r"] * subgroups + ["f"] * 3
+    before = "{z, z, z, z}"
+    for s in range(4):
+        a = ", ".join(f"${A + 4 * s + i}" for i in range(4))
+        lines.append(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {c0, c1, c2, c3}, "
+            f"{{{a}}}, {{${B + 2 * s}, ${B + 2 * s + 1}}}, {before};"
+        )
+        before = "{c0, c1, c2, c3}"
+    for r8, (high, low) in enumerate((("c0", "c1"), ("c2", "c3"))):
+        lines += [
+            f"mad.lo.s32 {low}, {high}, 256, {low};",
+            f"mad.lo.s32 {low}, ${zero + r8}, ${total}, {low};",
+            f"cvt.rn.f32.s32 f, {low};",
+            f"mul.f32 g, ${scale + r8}, ${unit};",
+            f"fma.rn.f32 ${r8}, f, g, ${r8};",
+        ]
+    kinds = ["r"] * 24 + ["f", "f", "r", "r", "r"] + ["f"] * 3
     return "{ .reg .b32 z, c0, c1, c2, c3; .reg .f32 f, g;\n" + "\n".join(lines) + " }", ",".join(["=&f"] * 2 + kinds)

@@ -49,22 +49,17 @@ def _along(t, DIM: gl.constexpr):
 
 
 @gluon.jit
-def _operand(r, U: gl.constexpr, SUBGROUPS: gl.constexpr, S: gl.constexpr, A: gl.constexpr):
-    """The registers of subgroup U, int8 [S, 32, 4] each, as the A operand [16 S, 128 / SUBGROUPS]."""
+def _operand(r, S: gl.constexpr, A: gl.constexpr):
+    """The registers of a step, int8 [S, 32, 4] each, as the A operand [16 S, 128]."""
     out = r
-    for level in gl.static_range(4 if SUBGROUPS == 1 else 3 if SUBGROUPS == 2 else 2):
+    for level in gl.static_range(4):
         pairs = ()
         for i in gl.static_range(8 >> level):
             pairs = pairs + (gl.join(out[2 * i], out[2 * i + 1]),)
         out = pairs
-    # strip, g, t, byte, r8, hb, and what of s is within the subgroup
-    if SUBGROUPS == 1:
-        a = out[U].reshape((S, 8, 4, 4, 2, 2, 2, 2)).permute((0, 4, 1, 7, 6, 5, 2, 3))
-    elif SUBGROUPS == 2:
-        a = out[U].reshape((S, 8, 4, 4, 2, 2, 2)).permute((0, 4, 1, 6, 5, 2, 3))
-    else:
-        a = out[U].reshape((S, 8, 4, 4, 2, 2)).permute((0, 4, 1, 5, 2, 3))
-    return gl.convert_layout(a.reshape((16 * S, 128 // SUBGROUPS)), A, assert_trivial=True)
+    # strip, g, t, byte, r8, hb, s
+    a = out[0].reshape((S, 8, 4, 4, 2, 2, 2, 2)).permute((0, 4, 1, 7, 6, 5, 2, 3))
+    return gl.convert_layout(a.reshape((16 * S, 128)), A, assert_trivial=True)
 
 
 @gluon.jit
@@ -83,30 +78,23 @@ def _rows_of_w(v0, v1, P: gl.constexpr):
 
 
 @gluon.jit
-def _step(
-    acc, q, meta, digits, sums, T: gl.constexpr, SUBGROUPS: gl.constexpr, WARPS: gl.constexpr, ZL: gl.constexpr
-):  # fmt: skip
+def _step(acc, q, meta, digits, sums, T: gl.constexpr, WARPS: gl.constexpr, ZL: gl.constexpr):
     """acc + scale * unit * ((code - zero) . q) over 128 columns: [strip, g, t, j, r8], row 4 j + t of x."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 32, 32])
     P: gl.constexpr = acc.type.layout
-    COLUMNS: gl.constexpr = 128 // SUBGROUPS
-    r = unpack(q, T)
+    a = _operand(unpack(q, T), WARPS, gl.DotOperandLayout(0, mma, 4))
+    zero = gl.zeros((16 * WARPS, 32), gl.int32, mma)
+    c = warpgroup_mma(a, digits.permute((1, 0)), zero, use_acc=False, is_async=True)
     unit = _rows_of_x(sums.slice(0, 1, dim=0), ZL, P).to(gl.float32, bitcast=True)
-    for u in gl.static_range(SUBGROUPS):
-        a = _operand(r, u, SUBGROUPS, WARPS, gl.DotOperandLayout(0, mma, 4))
-        b = digits.slice(COLUMNS * u, COLUMNS, dim=1).permute((1, 0))
-        zero = gl.zeros((16 * WARPS, 32), gl.int32, mma)
-        c = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
-        s0, s1, z0, z1 = scales_and_zeros(meta, u, T)
-        summed = _rows_of_x(sums.slice(1 + u, 1, dim=0), ZL, P)
-        zeros = _rows_of_w(z0, z1, P)
-        scales = _rows_of_w(s0, s1, P)
-        c = warpgroup_mma_wait(0, deps=(c,))
-        high, low = gl.split(c.reshape((WARPS, 2, 8, 4, 4, 2)).permute((0, 2, 4, 3, 1, 5)))
-        high = gl.convert_layout(high, P, assert_trivial=True)
-        low = gl.convert_layout(low, P, assert_trivial=True)
-        acc += (high * 256 + low + zeros * summed).to(gl.float32) * (scales * unit)
-    return acc
+    s0, s1, z0, z1 = scales_and_zeros(meta, T)
+    summed = _rows_of_x(sums.slice(1, 1, dim=0), ZL, P)
+    zeros = _rows_of_w(z0, z1, P)
+    scales = _rows_of_w(s0, s1, P)
+    c = warpgroup_mma_wait(0, deps=(c,))
+    high, low = gl.split(c.reshape((WARPS, 2, 8, 4, 4, 2)).permute((0, 2, 4, 3, 1, 5)))
+    high = gl.convert_layout(high, P, assert_trivial=True)
+    low = gl.convert_layout(low, P, assert_trivial=True)
+    return acc + (high * 256 + low + zeros * summed).to(gl.float32) * (scales * unit)
 
 
 @gluon.jit(
@@ -117,13 +105,13 @@ def wide_kernel(
     digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
     M, N, steps, strips, stride_ym,
     T: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr,
-    GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr, ML: gl.constexpr,
+    GROUP_STEPS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr, ML: gl.constexpr,
     ZL: gl.constexpr, CL: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program."""
     STEP_WORDS: gl.constexpr = 64 * T.bits
     DIGITS: gl.constexpr = 64 * 16  # words of a step
-    WIDTH: gl.constexpr = 2 * SUBGROUPS * 16
+    WIDTH: gl.constexpr = 2 * 16
 
     # Which tile is mine: strips WARPS * pid_n ..., steps lo ... hi
     pid_n = gl.program_id(0)
@@ -147,7 +135,7 @@ def wide_kernel(
     ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     digits = gl.allocate_shared_memory(gl.int8, [2 * CHUNK, 32, 128], ROWS)
-    sums = gl.allocate_shared_memory(gl.int32, [2 * CHUNK, 2 * SUBGROUPS, 16], FLAT)
+    sums = gl.allocate_shared_memory(gl.int32, [2 * CHUNK, 2, 16], FLAT)
     digit_chunks = digits._reinterpret(gl.int32, [2, CHUNK, DIGITS], FLAT)
     sum_chunks = sums._reinterpret(gl.int32, [2, CHUNK, WIDTH], FLAT)
     q = ()
@@ -155,7 +143,7 @@ def wide_kernel(
     step = lo
     for d in gl.static_range(DEPTH):
         q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
+        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last) // GROUP_STEPS, strips),)
         step += 1
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
@@ -188,13 +176,9 @@ def wide_kernel(
             for d in gl.static_range(DEPTH):
                 if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
                     stage = side * CHUNK + i + d
-                    acc = _step(acc, q[d], meta[d], digits.index(stage), sums.index(stage), T, SUBGROUPS, WARPS, ZL)
+                    acc = _step(acc, q[d], meta[d], digits.index(stage), sums.index(stage), T, WARPS, ZL)
                 q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
-                meta = (
-                    meta[:d]
-                    + (load_meta(m_ptrs, gl.minimum(step, last), strips, GROUP_STEPS, SUBGROUPS),)
-                    + meta[d + 1 :]
-                )
+                meta = meta[:d] + (load_meta(m_ptrs, gl.minimum(step, last) // GROUP_STEPS, strips),) + meta[d + 1 :]
                 step += 1
                 do(FENCE)
         side = 1 - side
@@ -236,12 +220,11 @@ def constants(
     bits: int, scales_bf16: bool, warps: int, depth: int, chunk: int, splits: bool, group_columns: int, pdl: bool
 ) -> dict:
     """The constexpr arguments of the kernel for a plan."""
-    subgroups = max(1, 128 // group_columns)
     t, g, lanes, strips = bits_of(4), bits_of(8), bits_of(32), bits_of(warps)
     return {
-        "T": Text(bits, scales_bf16, subgroups, warpgroup=True), "WARPS": warps, "DEPTH": depth,
+        "T": Text(bits, scales_bf16, warpgroup=True), "WARPS": warps, "DEPTH": depth,
         "CHUNK": chunk, "SPLITS": splits,
-        "GROUP_STEPS": max(1, group_columns // 128), "SUBGROUPS": subgroups, "PDL": pdl,
+        "GROUP_STEPS": group_columns // 128, "PDL": pdl,
         "L": linear([[0, 0, 1], [0, 0, 2]], [[0, b, 0] for b in lanes], [[w, 0, 0] for w in strips], [warps, 32, 4]),
         "ML": linear([], [[0, 0]] * 2 + [[0, b] for b in g], [[w, 0] for w in strips], [warps, 8]),
         "ZL": linear([[0, 1], [0, 2]], [[0, 4 * b] for b in t] + [[0, 0]] * 3, [[0, 0] for _ in strips], [1, 16]),
@@ -266,7 +249,7 @@ def prepare_wide(
         bias: Its dtype, or None.
         bits: 2, 3, 4 or 8.
         scales_bf16: Whether scales are bfloat16, not float16.
-        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
+        group_columns: Columns that share a scale: a multiple of 128.
         warps: Of a program, each with a strip of 16 rows of W: 4, 8 or 16.
         depth: Steps of words in flight.
         chunk: Steps of digits staged at a time, a multiple of depth.

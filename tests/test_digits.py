@@ -28,10 +28,10 @@ def run(
 
     M, K = x.shape
     block, numbers = blocking(K, ordered=whole and order is not None)
-    rows = 16 if wide else 0
-    tiles = 0 if wide else -(-M // 4)
+    rows, row_columns = 16 if wide else 0, 2 * subgroups
+    tiles = 0 if wide else -(-M * subgroups // 4)
     digits = torch.full((steps, 16, 64) if wide else (steps, tiles, 256), -1, dtype=torch.int32)
-    sums = torch.full((steps, 2 * subgroups, 16) if wide else (steps, tiles, 32, 2 * subgroups), -1, dtype=torch.int32)
+    sums = torch.full((steps, 2, 16) if wide else (steps, tiles, 32, 2), -1, dtype=torch.int32)
     digits_kernel[(-(-steps // block), M)](
         x, order, digits, sums, M, K, steps, x.stride(0),
         ALIGNED=False, TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, BLOCK=block, NUMBERS=numbers, PDL=False,
@@ -43,26 +43,31 @@ def run(
         for s in range(4):
             for hb in range(2):
                 for t in range(4):
-                    pair = []
-                    for digit in range(2):
-                        n = 2 * m + digit
+                    columns = []
+                    for n in range(row_columns * m, row_columns * (m + 1)):
                         if wide:
                             piece = (2 * s + hb) ^ n % 8
                             four = stored.view(steps, 32, 8, 4, 4)[:, n, piece, t]
                         else:
                             lane = 4 * (n % 8) + t
-                            four = stored.view(steps, tiles, 2, 32, 2, 2, 4)[:, m // 4, s // 2, lane, s % 2, hb]
-                        pair.append(four)
+                            four = stored.view(steps, tiles, 2, 32, 2, 2, 4)[:, n // 8, s // 2, lane, s % 2, hb]
+                        columns.append(four)
+                    own = s * subgroups // 4  # this column's subgroup
+                    pair = columns[2 * own : 2 * own + 2]
+                    assert not any(other.any() for other in columns[: 2 * own] + columns[2 * own + 2 :])
                     for i, column in enumerate((0, 8, 1, 9)):
                         integers[m, :, 32 * s + 16 * hb + 2 * t + column] = 256 * pair[0][:, i] + pair[1][:, i]
         if wide:
             place = m % 4 * 4 + m // 4
-            row = sums[:, :, place]
+            row = sums[:, None, :, place]
         else:
-            assert torch.equal(sums[:, m // 4, m % 4], sums[:, m // 4, 28 + m % 4])  # the same for every g
-            row = sums[:, m // 4, m % 4]
-        units[m] = row[:, 0].contiguous().view(torch.float32)
-        totals[m] = -(row[:, 1 : 1 + subgroups] if wide else row[:, 1::2]).long()
+            place = subgroups * m % 4
+            rows_of_lanes = sums.view(steps, tiles, 8, 4, 2)[:, subgroups * m // 4, :, place : place + subgroups]
+            assert torch.equal(rows_of_lanes, rows_of_lanes[:, :1].expand_as(rows_of_lanes))  # the same for every g
+            row = rows_of_lanes[:, 0]
+        assert torch.equal(row[:, :, 0], row[:, :1, 0].expand(-1, subgroups))
+        units[m] = row[:, 0, 0].contiguous().view(torch.float32)
+        totals[m] = -row[:, :, 1].long()
     return integers.view(M, -1), units, totals
 
 
@@ -80,7 +85,7 @@ def run(
 def test_digits_are_x(M, K, subgroups, wide, ordered, whole, exponent, seed):
     rng = generator(seed)
     x = (torch.randn(M, K, generator=rng) * 2.0**exponent).half()
-    steps = -(-K // 128)
+    steps, subgroups = -(-K // 128), 1 if wide else subgroups
     order, expected = None, torch.nn.functional.pad(x, (0, 128 * steps - K))
     if ordered:
         order = torch.full((128 * steps,), -1, dtype=torch.int32)

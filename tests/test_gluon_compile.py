@@ -82,7 +82,7 @@ def cases():
         for M in (1, 4, 8, 16):
             yield replace(LARGE, M=M, bits=bits), M == 8
     for columns in (64, 32, ONE_GROUP):
-        for M in (1, 4) if columns < 128 else (1, 4, 16):
+        for M in (1, 2, 4) if columns < 128 else (1, 4, 16):
             yield replace(LARGE, M=M, bits=3, group_columns=columns, dtype=torch.bfloat16), True
     for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
         yield replace(LARGE, M=4, bits=3, arch=arch), False
@@ -99,12 +99,12 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
             plan = replace(plan, split=1 if bias else 2)
             if isinstance(plan, DecodePlan):
                 plan = replace(plan, persistent=bias)
-                splits = (1, 2, 4, 8, 16) if problem.M <= 4 else ()
+                splits = (1, 2, 4, 8, 16) if problem.rows_of_tile >= problem.M else ()
                 own = (with_own_digits(problem, replace(plan, split=split)) for split in splits)
                 firsts.setdefault("own digits", next(filter(None, own), None))  # the longest that fit
             firsts.setdefault(type(plan), plan)
     assert DecodePlan in firsts
-    assert (firsts["own digits"] is not None) == (problem.M <= 4)
+    assert (firsts["own digits"] is not None) == (problem.rows_of_tile >= problem.M)
     for plan in filter(None, firsts.values()):
         binary = compiled_plan(problem, plan, bias=bias)
         assert binary.metadata.shared <= SHARED_MEMORY[problem.arch]

@@ -197,8 +197,9 @@ def test_slabs(gpu, monkeypatch):
     assert error < 2 * 2.0**-11  # slabs are halves before they are added
 
 
-@pytest.mark.parametrize("M", [1, 4, 5, 8, 12, 16])
-@pytest.mark.parametrize("group_size", [128, 32])
+@pytest.mark.parametrize(
+    ("group_size", "M"), [*((128, M) for M in (1, 4, 5, 8, 12, 16)), (64, 2), (64, 7), (32, 1), (32, 2), (32, 4)]
+)
 def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
     weight = random_weight(1536, 530, 4, group_size, act_order=True)
     tiled = tile_weight(weight)
@@ -224,7 +225,7 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
             )  # fmt: skip
             if plan.split > 1:
                 assert programs == zeros.numel() == math.ceil(34 / plan.strips_of_program)
-                assert partial.numel() == plan.split * programs * plan.strips_of_program * 16 * 4
+                assert partial.numel() == plan.split * programs * plan.strips_of_program * 16 * 4 // (128 // group_size)
             continue
         (_, taken, digits), (kind, _, main) = gpu.kernels.launches
         if kind == "decode":
@@ -233,8 +234,9 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
             main = (*main[:3], *main[5:15], *main[16:18], main[19])
         memory, tiles = gpu.scratch.memory, math.ceil(34 / plan.strips_of_program)
         begin, end = memory.data_ptr(), memory.data_ptr() + 4 * memory.numel()
-        rows = 16 if isinstance(plan, WidePlan) else 4 * plan.tiles
         subgroups = 128 // group_size
+        rows = 16 if isinstance(plan, WidePlan) else 4 // subgroups * plan.tiles
+        columns = 2 * (rows if isinstance(plan, WidePlan) else 4 * plan.tiles)  # of digits
         assert kind == ("wide" if isinstance(plan, WidePlan) else "decode")
         assert taken["subgroups"] == subgroups
         assert taken["K"] == 1536
@@ -242,9 +244,9 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
         assert digits[3:7] == (x.data_ptr(), tiled.order.data_ptr(), *main[3:5])
         assert digits[7:] == (M, 1536, tiled.steps, 1536)
         assert main[3] == begin
-        assert main[4] - main[3] == 4 * tiled.steps * rows * 64  # two digits of 128 columns, as words, for each row
+        assert main[4] - main[3] == 4 * tiled.steps * columns * 32  # digits of 128 columns, as words
         lanes = 1 if isinstance(plan, WidePlan) else 8  # sums are there for every lane, or once
-        after = main[4] + 4 * tiled.steps * 2 * subgroups * rows * lanes
+        after = main[4] + 4 * tiled.steps * columns * lanes
         assert main[5:9] == (tiled.words.data_ptr(), tiled.meta.data_ptr(), bias.data_ptr(), y.data_ptr())
         if plan.split == 1:
             assert main[9:11] == (None, None)

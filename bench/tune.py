@@ -1,10 +1,11 @@
 """Make the table of measured plans that the package ships for this GPU: ``gptq_triton/tuned/<gpu>.json``.
 
-    python bench/tune.py [--seconds 500] [--bits 4 8 3 2] [--rows 1 4 ...] [--only 4096x4096 ...] [--out FILE]
+    python bench/tune.py [--seconds 500] [--bits 4 8 3 2] [--groups 128] [--rows 1 4 ...] [--only 4096x4096 ...]
+        [--out FILE]
 
 Every candidate is compiled first, in as many processes as there are cores; then each layer of shapes.py is tuned at
-every width. The file is written after each layer, so a run that is cut off loses nothing; entries it does not reach
-stay.
+every width and group size. The file is written after each layer, so a run that is cut off loses nothing; entries it
+does not reach stay.
 """
 
 from __future__ import annotations
@@ -28,26 +29,25 @@ from gptq_triton.spec import BITS, QuantSpec
 from gptq_triton.tuning import tune
 
 TUNED = Path(__file__).parent.parent / "gptq_triton" / "tuned"
-GROUP = 128
 
 
-def random_tiles(N: int, K: int, bits: int) -> TiledWeight:
+def random_tiles(N: int, K: int, bits: int, group: int = 128) -> TiledWeight:
     """A weight of random words on the GPU."""
     strips, steps = -(-N // 16), -(-K // 128)
     words = torch.randint(-(2**31), 2**31 - 1, (strips, steps, 64 * bits), dtype=torch.int32, device="cuda")
-    scales = (torch.rand(steps, strips * 16, device="cuda") * 0.01).half().view(torch.int16).int() << 16
+    scales = (torch.rand(steps * 128 // group, strips * 16, device="cuda") * 0.01).half().view(torch.int16).int() << 16
     zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.int32, device="cuda")
-    spec = QuantSpec(bits, GROUP)
-    return TiledWeight(words, scales | zeros, None, None, GROUP, spec, K, N, torch.float16)
+    spec = QuantSpec(bits, group)
+    return TiledWeight(words, scales | zeros, None, None, group, spec, K, N, torch.float16)
 
 
 def jobs(
-    cases: list[tuple[int, int, int]], arch: str, multiprocessors: int, rows: Sequence[int] = tables.BUCKETS
+    cases: list[tuple[int, int, int, int]], arch: str, multiprocessors: int, rows: Sequence[int] = tables.BUCKETS
 ) -> Iterator[Job]:
     """Every plan that will be timed."""
-    for N, K, bits in cases:
+    for N, K, bits, group in cases:
         for M in rows:
-            problem = Problem(M, -(-N // 16), -(-K // 128), bits, GROUP, torch.float16, True, arch, multiprocessors)
+            problem = Problem(M, -(-N // 16), -(-K // 128), bits, group, torch.float16, True, arch, multiprocessors)
             yield from ((problem, plan) for plan in dispatch.candidates(problem))
 
 
@@ -55,22 +55,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--bits", type=int, nargs="+", default=BITS)
+    parser.add_argument(
+        "--groups", type=int, nargs="+", choices=(32, 64, 128), default=[128], help="columns of a group"
+    )
     parser.add_argument("--rows", type=int, nargs="+", choices=tables.BUCKETS, default=tables.BUCKETS, help="of x")
     parser.add_argument("--only", nargs="+", metavar="NxK")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     start = time.monotonic()
     wanted = [shape for shape in shapes() if options.only is None or str(shape) in options.only]
-    cases = [(N, K, bits) for bits in options.bits for N, K in wanted]
+    cases = [(N, K, bits, group) for group in options.groups for bits in options.bits for N, K in wanted]
     compiled = compile_plans(jobs(cases, *product.gpu(0), options.rows))
     print(f"compiled {compiled} kernels in {time.monotonic() - start:.0f} s", flush=True)
     file = options.out or TUNED / f"{product.gpu_name(0)}.json"
     plans = json.loads(file.read_text()) if file.exists() else tables.shipped(product.gpu_name(0))
-    for N, K, bits in cases:
+    for case in cases:
         if time.monotonic() - start > options.seconds:
             print("out of time")
             break
-        best = tune([random_tiles(N, K, bits)], options.rows, save=False, say=print)
+        best = tune([random_tiles(*case)], options.rows, save=False, say=print)
         plans |= {name: asdict(plan) for name, plan in best.items()}
         lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(plan)}" for name, plan in plans.items())
         atomic_write(file, f"{{\n{lines}\n}}\n")

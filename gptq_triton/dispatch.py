@@ -253,14 +253,14 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
 # (strips, warps_n, warps_k, depth, chunk) of the best on an H200, by width of codes; the last is for small layers
 _DECODE = {
     1: {
-        2: ((2, 2, 8, 4, 4), (2, 4, 4, 2, 4), (1, 4, 4, 4, 4), (1, 2, 8, 4, 4)),
-        3: ((2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 4, 4, 4, 4), (1, 2, 8, 4, 4)),
-        4: ((2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 4, 4, 4, 4), (1, 2, 8, 2, 4), (1, 2, 8, 4, 4)),
+        2: ((1, 4, 4, 4, 4), (2, 2, 8, 4, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
+        3: ((1, 4, 4, 4, 4), (2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
+        4: ((1, 4, 4, 4, 4), (2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 2, 8, 2, 4), (1, 2, 8, 4, 4)),
         8: ((1, 4, 4, 2, 4), (2, 2, 8, 2, 4), (1, 2, 8, 2, 4)),
     },
     2: dict.fromkeys(
         (2, 3, 4, 8),
-        ((2, 2, 8, 2, 2), (2, 4, 4, 2, 4), (2, 1, 8, 2, 4), (1, 4, 4, 4, 4), (1, 4, 4, 2, 4), (1, 2, 8, 2, 2)),
+        ((1, 4, 4, 4, 4), (2, 2, 8, 2, 2), (2, 4, 4, 2, 4), (2, 1, 8, 2, 4), (1, 4, 4, 2, 4), (1, 2, 8, 2, 2)),
     ),
     4: dict.fromkeys((2, 3, 8), ((2, 1, 8, 2, 2),)) | {4: ((2, 1, 8, 2, 2), (1, 4, 4, 2, 4))},
 }
@@ -332,7 +332,7 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
     if not plan.own_digits:
         return 0.0
     waves = 1 if plan.persistent else math.ceil(plan.programs(problem) * plan.split / problem.multiprocessors)
-    return 0.45 * problem.M * waves * plan.chunk / (2 * plan.warps_n) - 1.1
+    return 0.45 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n) - 1.1
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
@@ -365,7 +365,7 @@ _SHARED_X = 16 << 20
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
     for block_m, groups in _LARGE_STEP:
-        if block_m < min(problem.M, 256) / 2 or block_m // 2 >= problem.M:
+        if block_m < min(problem.M, 256) / 2 or block_m // 2 >= max(problem.M, 9):
             continue  # tiles that take turns, or are mostly empty
         rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * problem.subgroups)
@@ -434,8 +434,8 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     digits = 0.8 + 0.0005 * problem.M * problem.steps  # by a launch before
     if isinstance(plan, DecodePlan):
         resident = max(1, 16 // (plan.warps_n * plan.warps_k))
-        cycles = 60 + 65 * plan.tiles
-        filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent else 0.4
+        cycles = (60 + 65 * plan.tiles) * (1.3 if more else 1)
+        filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent and not more else 0.4
         digits += _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):
         resident, cycles = max(1, 16 // plan.warps), 230

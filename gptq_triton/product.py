@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -301,17 +303,37 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
     return launch
 
 
+@contextlib.contextmanager
+def _sums_of_floats() -> Iterator[None]:
+    """The vendor adds parts of a sum in float32: PyTorch's default lets it add halves, against the error contract."""
+    settings = torch.backends.cuda.matmul
+    with _settings_lock:
+        allowed = [f"allow_{half}_reduced_precision_reduction" for half in ("fp16", "bf16")]
+        allowed = [name for name in allowed if getattr(settings, name)]
+        try:
+            for name in allowed:
+                setattr(settings, name, False)
+            yield
+        finally:
+            for name in allowed:
+                setattr(settings, name, True)
+
+
+_settings_lock = threading.Lock()
+
+
 def _by_floats(
     problem: Problem, plan: DequantizePlan, x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor
 ) -> None:
     x = _in_order(problem, x.view(problem.M, weight.K) if x.dim() != 2 else x, weight)
     y = y.view(problem.M, weight.N)
-    for first, w in _slabs(plan, problem, weight, x.dtype, x.shape[1]):
-        part = y[:, first : first + len(w)]
-        if bias is None:
-            torch.mm(x, w.t(), out=part)
-        else:
-            torch.addmm(bias[first : first + len(w)].to(x.dtype), x, w.t(), out=part)
+    with _sums_of_floats():
+        for first, w in _slabs(plan, problem, weight, x.dtype, x.shape[1]):
+            part = y[:, first : first + len(w)]
+            if bias is None:
+                torch.mm(x, w.t(), out=part)
+            else:
+                torch.addmm(bias[first : first + len(w)].to(x.dtype), x, w.t(), out=part)
 
 
 def product_transposed(dy: Tensor, weight: TiledWeight) -> Tensor:
@@ -323,7 +345,8 @@ def product_transposed(dy: Tensor, weight: TiledWeight) -> Tensor:
         if isinstance(plan, TransposedPlan):
             dx = _by_tiles(plan, problem, dy, weight, columns)
         else:
-            dx = _by_slabs(plan, problem, dy, weight, columns)
+            with _sums_of_floats():
+                dx = _by_slabs(plan, problem, dy, weight, columns)
     if weight.order is None:
         return dx
     return dx[:, weight.inverse_order()]

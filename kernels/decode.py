@@ -331,13 +331,21 @@ def decode_kernel(
             if mine:
                 gl.store(counters_ptr + tile, 0)
         if mine:
+            ys = ()
             for c in gl.static_range(2 * TILES):
                 if SPLITS:
-                    y = gl.load(part_ptr + c * S * LANES, cache_modifier=".cg")
-                    for j in range(1, split):
-                        y += gl.load(part_ptr + j * split_stride + c * S * LANES, cache_modifier=".cg")
+                    ys = ys + (gl.load(part_ptr + c * S * LANES, cache_modifier=".cg"),)
                 else:
-                    y = gl.sum(partial.index(c).load(YL), 0)
+                    ys = ys + (gl.sum(partial.index(c).load(YL), 0),)
+            if SPLITS:
+                for j in range(1, split):
+                    others = ()
+                    for c in gl.static_range(2 * TILES):
+                        ptr = part_ptr + j * split_stride + c * S * LANES
+                        others = others + (ys[c] + gl.load(ptr, cache_modifier=".cg"),)
+                    ys = others
+            for c in gl.static_range(2 * TILES):
+                y = ys[c]
                 # row g + 8 r8 of a strip and row m of a tile of x
                 offs_n = (tile * S + offs_j // LANES) * 16 + 8 * (c % 2) + offs_j % LANES // TILE
                 offs_m = TILE * (c // 2) + offs_j % TILE

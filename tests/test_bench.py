@@ -380,7 +380,7 @@ def test_every_kernel_of_every_case_is_compiled_ahead_once():
 
     from gptq_triton import dispatch
 
-    every = list(tune.jobs([(28672, 4096, 4), (4096, 4096, 4), (4096, 4096, 8)], "sm_90", 132))
+    every = list(tune.jobs([(28672, 4096, 4, 128), (4096, 4096, 4, 128), (4096, 4096, 8, 128)], "sm_90", 132))
     found = ahead.distinct(every)
 
     def kernel(problem: dispatch.Problem, plan: dispatch.FusedPlan) -> tuple:

@@ -95,6 +95,17 @@ def test_ragged_shapes(weight, M, dtype, with_bias):
     assert_close(ops.matmul(poisoned(x), tile_weight(weight), bias), x, weight, bias)
 
 
+def test_what_the_vendor_multiplies_is_summed_in_float32():
+    # columns in many groups of their own are far apart, so the vendor cuts their sum, and may add parts as halves
+    weight = random_weight(13, 41, 2, 1, device=DEVICE)
+    x, dy = random_rows(250, 13, torch.float16, device=DEVICE), random_rows(60, 41, torch.float16, device=DEVICE)
+    bias = random_rows(1, 41, torch.float16, seed=1, device=DEVICE)[0]
+    assert torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    assert_close(ops.matmul(poisoned(x), tile_weight(weight), bias), x, weight, bias)
+    assert_close(ops.matmul_transposed(dy, tile_weight(weight)), dy, weight, transposed=True)
+    assert torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+
+
 @RAGGED
 @given(
     weights(300, 300, scale_dtypes=SCALES, device=DEVICE),

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from gptq_triton import product
-from gptq_triton.dispatch import DecodePlan, DequantizePlan, MatmulPlan, Plan, Problem
+from gptq_triton.plans import DecodePlan, DequantizePlan, MatmulPlan, Plan, Problem
 
 Job = tuple[Problem, Plan]
 

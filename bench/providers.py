@@ -22,8 +22,9 @@ from torch import Tensor
 from weights import Weights, codes_of, dense
 
 from gptq_triton import ops
-from gptq_triton.dispatch import Plan, Problem, TransposedPlan, choose_transposed
+from gptq_triton.dispatch import choose_transposed
 from gptq_triton.layout import ONE_GROUP, STEP, STRIP, tile_weight
+from gptq_triton.plans import Plan, Problem, TransposedPlan
 from gptq_triton.product import gpu, plan_of
 
 

@@ -23,8 +23,8 @@ from shapes import shapes
 
 from gptq_triton import dispatch, product, tables
 from gptq_triton.atomic import atomic_write
-from gptq_triton.dispatch import Problem
 from gptq_triton.layout import TiledWeight
+from gptq_triton.plans import Problem
 from gptq_triton.spec import BITS, QuantSpec
 from gptq_triton.tuning import tune
 

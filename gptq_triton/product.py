@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch, tables
-from .dispatch import (
+from .layout import STEP, STRIP, TiledWeight
+from .plans import (
     DecodePlan,
     DequantizePlan,
     LargePlan,
@@ -25,7 +26,6 @@ from .dispatch import (
     TransposedPlan,
     WidePlan,
 )
-from .layout import STEP, STRIP, TiledWeight
 from .scratch import scratch_of
 
 
@@ -156,7 +156,6 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         pdl=problem.capability >= 90,
         own_rows=M,
         ordered=operands.ordered,
-        aligned=operands.aligned,
         **tiles,
     )
     counters = -(-strips // plan.strips_of_program)  # of tiles

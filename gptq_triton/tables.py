@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from .atomic import atomic_write
-from .dispatch import DecodePlan, FusedPlan, LargePlan, MatmulPlan, Problem, WidePlan, alone_or_not
+from .dispatch import alone_or_not
+from .plans import DecodePlan, FusedPlan, LargePlan, MatmulPlan, Problem, WidePlan
 
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # rows of x that share a plan, up to
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from . import dispatch, product, tables
-from .dispatch import FusedPlan, Problem
 from .layout import TiledWeight
 from .linear import QuantLinear
+from .plans import FusedPlan, Problem
 
 _COLD_BYTES = 256 << 20  # of weight between two uses of a copy: more than any GPU's cache
 _REPLAYS = 9

@@ -32,13 +32,10 @@ def clip_kernel(
     SHORT: tl.constexpr,
     POWER: tl.constexpr,
     STORED: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """BLOCK_N outputs of one group a program; a SHORT group stays in registers."""
-    if ALIGNED:
-        N = tl.multiple_of(N, 16)
     group = tl.program_id(1)
     first = group.to(tl.int64) * length
     count = tl.minimum(total - group * length, length)
@@ -136,7 +133,7 @@ def clip(
     K, N = rows.shape
     constants = {
         "SYM": sym, "SHORT": min(length, K) <= BLOCK_R, "POWER": float(power), "STORED": stored,
-        "ALIGNED": N % 16 == 0, "BLOCK_R": BLOCK_R, "BLOCK_N": block_n,
+        "BLOCK_R": BLOCK_R, "BLOCK_N": block_n,
     }  # fmt: skip
     pointers, integers = (rows, cost, keep, scales, zeros), (K, length, maxq, N, len(keep))
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
@@ -155,7 +152,6 @@ VARIANTS = tuple(
         "SHORT": short,
         "POWER": power,
         "STORED": power == 2,
-        "ALIGNED": short,
         "BLOCK_R": BLOCK_R,
     }
     for sym, short, power in ((True, True, 2.0), (False, True, 2.0), (False, False, 2.0), (False, True, 2.4))

@@ -183,7 +183,7 @@ def decode_kernel(
     M, N, K, steps, strips, stride_xm, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
-    PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr, ALIGNED: gl.constexpr,
+    PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr,
     L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr, XL: gl.constexpr,
     TL: gl.constexpr,
 ):  # fmt: skip
@@ -235,9 +235,6 @@ def decode_kernel(
         do(LAUNCH_DEPENDENTS)  # what follows may count on those kernels without waiting for this one
     first = lo * WARPS_K
     if OWN_ROWS:
-        if ALIGNED:
-            x_ptr = gl.multiple_of(x_ptr, 16)
-            stride_xm = gl.multiple_of(stride_xm, 8)
         PASS: gl.constexpr = 2 * WARPS_N * WARPS_K
         _write_digits(
             digits, sums, x_ptr, order_ptr, first, end, K, stride_xm,
@@ -360,7 +357,7 @@ def decode_kernel(
 @functools.cache
 def constants(
     bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int,
-    splits: bool, persistent: bool, group_columns: int, pdl: bool, own_rows: int = 0, aligned: bool = True,
+    splits: bool, persistent: bool, group_columns: int, pdl: bool, own_rows: int = 0,
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
     subgroups = max(1, 128 // group_columns)
@@ -376,7 +373,7 @@ def constants(
         "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
         "PERSISTENT": persistent,
         "GROUP_STEPS": max(1, group_columns // 128),
-        "SUBGROUPS": subgroups, "PDL": pdl, "OWN_ROWS": own_rows, "ALIGNED": aligned,
+        "SUBGROUPS": subgroups, "PDL": pdl, "OWN_ROWS": own_rows,
         "L": linear(
             [[0, s, 0] for s in rest], [[0, 0, b] for b in bits_of(32)], [[0, s, 0] for s in here] + in_k,
             [warps_k, S, 32],
@@ -405,7 +402,7 @@ def constants(
 def prepare_decode(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
-    persistent: bool, pdl: bool, own_rows: int = 0, ordered: bool = False, aligned: bool = True,
+    persistent: bool, pdl: bool, own_rows: int = 0, ordered: bool = False,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -427,7 +424,6 @@ def prepare_decode(
         pdl: Programmatic dependent launch (sm_90 on).
         own_rows: M, at most one tile, if programs find the digits of x, else 0.
         ordered: Whether there is an order (with own_rows).
-        aligned: Rows of x start at multiples of 16 bytes (with own_rows).
 
     Returns:
         ``launch(programs, split, stream, x, order, digits, sums, words, meta, bias, y, workspace, counters, M, N, K,
@@ -445,7 +441,7 @@ def prepare_decode(
     """
     names = constants(
         bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl,
-        own_rows, aligned,
+        own_rows,
     )  # fmt: skip
     rows = (dtype, torch.int32 if ordered else None, None, None) if own_rows else (None, None, torch.int32, torch.int32)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)

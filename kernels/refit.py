@@ -42,14 +42,11 @@ def refit_kernel(
     stride_h,
     SYM: tl.constexpr,
     LOW_UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """BLOCK_N outputs a program: their codes stay in registers, rows of H pass by, the next one on its way."""
     # Load the group
-    if ALIGNED:
-        N = tl.multiple_of(N, 16)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_n, mask_r = offs_n < N, offs_r < count
@@ -168,7 +165,7 @@ def refit(
     N = codes.shape[1]
     pointers = codes, H, gradient, before, scales, zeros, loss, high, low, units
     constants = {
-        "SYM": sym, "LOW_UNIT": low_unit, "ALIGNED": N % 16 == 0, "BLOCK_R": BLOCK_R, "BLOCK_N": block_n,
+        "SYM": sym, "LOW_UNIT": low_unit, "BLOCK_R": BLOCK_R, "BLOCK_N": block_n,
     }  # fmt: skip
     integers = group, first, count, maxq, N, H.stride(0)
     run(refit_kernel, (triton.cdiv(N, block_n), 1), pointers, integers, constants, num_warps=num_warps)
@@ -190,8 +187,7 @@ _POINTERS = {
 }
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of scales) and constants
 VARIANTS = tuple(
-    {"kernel": refit_kernel, **_POINTERS, "SYM": sym, "LOW_UNIT": 2048.0, "ALIGNED": sym, "BLOCK_R": BLOCK_R}
-    for sym in (True, False)
+    {"kernel": refit_kernel, **_POINTERS, "SYM": sym, "LOW_UNIT": 2048.0, "BLOCK_R": BLOCK_R} for sym in (True, False)
 )
 # Outputs of a program and warps: the launcher's default
 TILES = ((4, 1),)

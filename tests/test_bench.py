@@ -378,18 +378,18 @@ def test_every_kernel_of_every_case_is_compiled_ahead_once():
     import ahead
     import tune
 
-    from gptq_triton import dispatch
+    from gptq_triton import dispatch, plans
 
     every = list(tune.jobs([(28672, 4096, 4, 128), (4096, 4096, 4, 128), (4096, 4096, 8, 128)], "sm_90", 132))
     found = ahead.distinct(every)
 
-    def kernel(problem: dispatch.Problem, plan: dispatch.FusedPlan) -> tuple:
-        rows = problem.M if isinstance(plan, dispatch.DecodePlan) and plan.own_digits else None
+    def kernel(problem: plans.Problem, plan: plans.FusedPlan) -> tuple:
+        rows = problem.M if isinstance(plan, plans.DecodePlan) and plan.own_digits else None
         return problem.bits, rows, dataclasses.replace(plan, split=min(plan.split, 2))
 
     kernels = [kernel(*job) for job in found]
     assert len(set(kernels)) == len(kernels)
-    assert set(kernels) == {kernel(*job) for job in every if not isinstance(job[1], dispatch.MatmulPlan)}
+    assert set(kernels) == {kernel(*job) for job in every if not isinstance(job[1], plans.MatmulPlan)}
     for problem, plan in found:
         assert plan in set(dispatch.candidates(problem))
     assert {problem.bits for problem, _ in found} == {4, 8}

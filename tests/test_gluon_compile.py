@@ -10,17 +10,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from gptq_triton.dispatch import (
-    DecodePlan,
-    LargePlan,
-    Problem,
-    TransposedPlan,
-    WidePlan,
-    candidates,
-    choose_transposed,
-    with_own_digits,
-)
+from gptq_triton.dispatch import candidates, choose_transposed, with_own_digits
 from gptq_triton.layout import ONE_GROUP
+from gptq_triton.plans import DecodePlan, LargePlan, Problem, TransposedPlan, WidePlan
 from gptq_triton.spec import BITS
 from tests.ptxas import SHARED_MEMORY, ptxas_report
 

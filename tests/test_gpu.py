@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptq_triton import bounds, dispatch, layout, ops, product, recording, reference, tables
+from gptq_triton import bounds, dispatch, layout, ops, plans, product, recording, reference, tables
 from gptq_triton import hessian as hessian_module
 from gptq_triton.hessian import Hessian
 from gptq_triton.layout import tile_weight
@@ -141,9 +141,9 @@ def test_every_plan_gives_the_same_answer(M, group_size):
         y = torch.full_like(expected, float("nan"))
         product.prepare_launch(problem, plan, operands, 0)(x, 1536, None, tiled, y)
         assert torch.equal(y, expected), plan
-        if isinstance(plan, (dispatch.DecodePlan, dispatch.LargePlan)):  # few programs take one tile after another
+        if isinstance(plan, (plans.DecodePlan, plans.LargePlan)):  # few programs take one tile after another
             few = replace(problem, multiprocessors=2)
-            plan = replace(plan, persistent=True) if isinstance(plan, dispatch.DecodePlan) else plan
+            plan = replace(plan, persistent=True) if isinstance(plan, plans.DecodePlan) else plan
             y = torch.full_like(expected, float("nan"))
             product.prepare_launch(few, plan, operands, 0)(x, 1536, None, tiled, y)
             assert torch.equal(y, expected), plan
@@ -159,7 +159,7 @@ def test_digits_are_the_same_wherever_they_are_found(M, group_size, dtype, act_o
         problem = product.problem_of(M, dtype, 0, tiled)
         operands = product.Operands.of(tiled, None, False)
         for plan in dispatch.candidates(problem):
-            assert isinstance(plan, dispatch.DecodePlan)
+            assert isinstance(plan, plans.DecodePlan)
             own = dispatch.with_own_digits(problem, plan)
             assert own is not None
             found = []

@@ -160,14 +160,16 @@ def test_meta_words(bits, is_signed, scales_bf16):
 def test_the_product_of_a_step(bits, subgroups):
     rng = generator(bits)
     codes = torch.randint(0, 2**bits, (128, 16), generator=rng, dtype=torch.uint8)
-    q = torch.randint(-32639, 32640, (4, 128), generator=rng)  # rows of x as integers
-    columns = 128 // subgroups
+    columns, rows = 128 // subgroups, 4 // subgroups
+    q = torch.randint(-32639, 32640, (rows, 128), generator=rng)  # rows of x as integers
     scales = torch.rand(subgroups, 16, generator=rng).float()
     zeros = torch.randint(0, 2**bits, (subgroups, 16), generator=rng)
-    unit, start = torch.rand(4, generator=rng).float(), torch.rand(4, 16, generator=rng).float()
+    unit, start = torch.rand(rows, generator=rng).float(), torch.rand(4, 16, generator=rng).float()
     g, t = LANES // 4, LANES % 4
     high = q + 128 >> 8
-    digits = torch.stack((high, q - 256 * high), 1).view(8, 128)  # column n = 2 m + digit of the product
+    # column n = 2 (subgroups m + u) + digit of the product is 0 outside of subgroup u
+    inside = (torch.arange(128) // columns == torch.arange(subgroups)[:, None]).long()
+    digits = (torch.stack((high, q - 256 * high), 1)[:, None] * inside[:, None]).view(8, 128)
     assert int(digits.abs().max()) <= 128
     b = []
     for s in range(4):
@@ -175,19 +177,20 @@ def test_the_product_of_a_step(bits, subgroups):
             columns_of = [digits[g, 32 * s + 16 * hb + 2 * t + column] for column in (0, 8, 1, 9)]
             b.append(sum((value & 255) << 8 * i for i, value in enumerate(columns_of)))
     inputs = registers_of(codes, bits) + b
-    for u in range(subgroups):
-        part = slice(columns * u, columns * (u + 1))
-        inputs += [to_bits(scales[u, g]), to_bits(scales[u, g + 8])]
-        inputs += [zeros[u, g], zeros[u, g + 8] * 2 ** shift(bits), -q[:, part].sum(1)[t] & WORD]
-    inputs += [to_bits(unit[t]), to_bits(start[t, g]), to_bits(start[t, g + 8] * 2 ** shift(bits))]
-    found = run(product_asm(subgroups), inputs)
+    m, u = t // subgroups, t % subgroups
+    inputs += [to_bits(scales[u, g]), to_bits(scales[u, g + 8])]
+    inputs += [zeros[u, g], zeros[u, g + 8] * 2 ** shift(bits), -q.view(rows, subgroups, columns).sum(2)[m, u] & WORD]
+    inputs += [to_bits(unit[m]), to_bits(start[t, g]), to_bits(start[t, g + 8] * 2 ** shift(bits))]
+    found = run(product_asm(), inputs)
     weight = (codes.double().view(subgroups, columns, 16) - zeros[:, None]) * scales[:, None].double()
-    expected = start.double() + unit.double()[:, None] * (q.double() @ weight.view(128, 16))
+    parts = q.double().view(rows, subgroups, 1, columns) @ weight  # (rows, subgroups, 1, 16)
+    expected = start.double() + (unit.double()[:, None, None] * parts[:, :, 0]).view(4, 16)
     for r8 in range(2):
         y = to_float(found[r8]).double() / 2 ** (shift(bits) * r8)
         error = (y - expected[t, g + 8 * r8]).abs()
-        size = q.double().abs() @ weight.view(128, 16).abs() * unit.double()[:, None] + start
-        assert bool((error <= 4 * subgroups * 2.0**-24 * size[t, g + 8 * r8]).all())
+        size = q.double().abs().view(rows, subgroups, 1, columns) @ weight.abs()
+        size = (unit.double()[:, None, None] * size[:, :, 0]).view(4, 16) + start
+        assert bool((error <= 4 * 2.0**-24 * size[t, g + 8 * r8]).all())
 
 
 @pytest.mark.parametrize("addresses", [1, 4])

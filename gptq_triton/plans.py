@@ -1,0 +1,186 @@
+"""What a product needs of a plan, and the plans: which kernel, with which tiles. Plain values.
+
+`dispatch.py` chooses, `tables.py` keeps what was measured, `product.py` launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product x @ W, as far as a plan depends on it.
+
+    Attributes:
+        M: Rows of x.
+        strips: Strips of 16 rows of W.
+        steps: Steps of 128 columns.
+        bits: Of a code.
+        group_columns: Columns that share a scale.
+        dtype: Of x.
+        half_scales: Scales have 16 bits.
+        arch: "sm_90" and the like, or AMD's "gfx942" and the like.
+        multiprocessors: Of the GPU.
+        large: The kernel for many rows takes the operands: rows of x and y start at multiples of 16 bytes, and the
+            dtype of x holds the scales, or parts of them.
+    """
+
+    M: int
+    strips: int
+    steps: int
+    bits: int
+    group_columns: int
+    dtype: torch.dtype
+    half_scales: bool
+    arch: str
+    multiprocessors: int
+    large: bool = True
+
+    @property
+    def takes_digits(self) -> bool:
+        """Whether the kernels over integer digits of x can run it, M aside."""
+        return self.capability >= 80 and self.half_scales and self.dtype in (torch.float16, torch.bfloat16)
+
+    @property
+    def takes_large(self) -> bool:
+        """Whether the kernel for many rows can run it."""
+        return self.capability == 90 and self.large and self.takes_digits
+
+    @property
+    def subgroups(self) -> int:
+        """Scales of a row in a step."""
+        return max(1, 128 // self.group_columns)
+
+    @property
+    def rows_of_tile(self) -> int:
+        """Rows of x in a tile of the decode kernel: its eight columns are two digits for each row and subgroup."""
+        return 4 // self.subgroups
+
+    @property
+    def capability(self) -> int:
+        """NVIDIA's compute capability times ten; 0 for others."""
+        return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Tiles of `kernels/decode.py`."""
+
+    tiles: int  # of x
+    strips: int
+    warps_n: int
+    warps_k: int
+    depth: int
+    chunk: int
+    split: int
+    persistent: bool = False
+    own_digits: bool = False  # programs find the digits of x themselves; chunk is all of a program's rounds
+
+    @property
+    def strips_of_program(self) -> int:
+        """Strips that a program owns at a time."""
+        return self.strips * self.warps_n
+
+    def programs(self, problem: Problem) -> int:
+        """Over the strips: one for each tile, or as few as are as fast when each takes one tile after another."""
+        tiles = -(-problem.strips // self.strips_of_program)
+        if not self.persistent:
+            return tiles
+        slots = problem.multiprocessors * max(1, 16 // (self.warps_n * self.warps_k))
+        return -(-tiles // -(-tiles // slots))
+
+
+@dataclass(frozen=True)
+class WidePlan:
+    """Tiles of `kernels/wide.py`."""
+
+    warps: int
+    depth: int
+    chunk: int
+    split: int
+
+    @property
+    def strips_of_program(self) -> int:
+        """Strips that a program owns: one a warp."""
+        return self.warps
+
+
+@dataclass(frozen=True)
+class MatmulPlan:
+    """Tiles of `kernels/matmul.py`."""
+
+    block_m: int
+    block_n: int
+    split: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+    ptx: bool = True
+
+    @property
+    def strips_of_program(self) -> int:
+        """Strips that a program owns."""
+        return self.block_n // 16
+
+
+@dataclass(frozen=True)
+class LargePlan:
+    """Tiles of `kernels/large.py`."""
+
+    block_m: int
+    groups: int
+    stages: int
+    split: int  # programs that share a tile of y, about and at most; 1: none do
+
+    @property
+    def strips_of_program(self) -> int:
+        """Strips of a tile of y."""
+        return 4 * self.groups
+
+    def tiles(self, problem: Problem) -> int:
+        """Of y."""
+        return -(-problem.M // self.block_m) * -(-problem.strips // self.strips_of_program)
+
+    def shares(self, problem: Problem) -> tuple[int, int]:
+        """Programs, and the tiles of y that they share evenly; others are of one program."""
+        tiles = self.tiles(problem)
+        if self.split == 1:
+            return min(problem.multiprocessors, tiles), 0
+        programs, streamed = shared_evenly(tiles, problem.multiprocessors)
+        programs = min(programs, tiles * self.split)
+        return programs, streamed if programs != tiles else 0
+
+
+@dataclass(frozen=True)
+class DequantizePlan:
+    """W as floats in a workspace, slab by slab, then the vendor's product."""
+
+    strips: int  # of a slab
+
+
+@dataclass(frozen=True)
+class TransposedPlan:
+    """Tiles of `kernels/transposed.py`."""
+
+    block_m: int
+    stages: int  # of 64 rows of W, in shared memory
+    unit: int  # of stages between two waits of a warpgroup; programs that share a tile cut it there
+    group_m: int  # blocks of rows of dy that go through W together
+    programs: int
+    streamed: int  # tiles of dx that several programs may share
+
+
+FusedPlan = DecodePlan | WidePlan | MatmulPlan | LargePlan
+Plan = FusedPlan | DequantizePlan
+
+
+def shared_evenly(tiles: int, most: int) -> tuple[int, int]:
+    """Programs, of so many at most, and the tiles that they share so that all have as much to do."""
+    if tiles < most:
+        whole = most // tiles * tiles  # every tile in equal parts
+        return whole if whole > 0.9 * most else most, tiles
+    left = tiles % most
+    return most, left if left == 0 or 2 * left >= most else left + most

@@ -21,7 +21,7 @@ from cases import Case, only
 from ledger import Ledger
 from record import folder, provenance
 from torch import nn
-from weights import random_weights
+from weights import dense, random_weight
 
 from gptq_triton import QuantLinear
 
@@ -59,10 +59,10 @@ def main() -> None:
     options = parser.parse_args()
     ledger = Ledger(options.out or folder() / "host.json", provenance(METHOD), renew=True)
     for case in only(CASES, options.only):
-        weights = random_weights(case, "cuda")
-        layer = QuantLinear.from_packed(weights.packed)
+        weight = random_weight(case, "cuda")
+        layer = QuantLinear.from_packed(weight)
         linear = nn.Linear(case.K, case.N, bias=False, device="meta")
-        linear.weight = nn.Parameter(weights.full, requires_grad=False)
+        linear.weight = nn.Parameter(dense(weight, torch.float16), requires_grad=False)
         x = torch.randn(1, case.K, device="cuda", dtype=torch.float16)
         calls = {"QuantLinear": lambda: layer(x), "nn.Linear": lambda: linear(x)}  # noqa: B023 - called here only
         for op, gradients in (("host", False), ("host_grad", True)):

@@ -25,7 +25,7 @@ SECONDS = 0.15  # of rounds, if the bounds allow
 METHOD = (
     "CUDA-graph replay of at least 8 calls over rotating weight copies of more than 200 MB in all; preheated, "
     "providers interleaved, medians; correctness against float64; ceilings measured in the same process; weights are "
-    "normal numbers rounded to nearest: cublas multiplies them as they were, cublas-dequantized what they became"
+    "normal numbers rounded to nearest, the same for all"
 )
 
 

@@ -19,11 +19,12 @@ import torch
 from ahead import compile_plans
 from cases import Case
 from torch import Tensor
-from weights import Weights, codes_of, dense
+from weights import codes_of, dense
 
 from gptq_triton import ops
 from gptq_triton.dispatch import choose_transposed
 from gptq_triton.layout import ONE_GROUP, STEP, STRIP, tile_weight
+from gptq_triton.packing import PackedWeight
 from gptq_triton.plans import Plan, Problem, TransposedPlan
 from gptq_triton.product import gpu, plan_of
 
@@ -34,12 +35,12 @@ class Provider:
     Attributes:
         name: In result files.
         dense: The weight is held in 16 bits.
-        own_weight: The weight is not the packed one: rounded to a grid of its own, or not at all. Products differ.
+        requantizes: The weight is rounded to a grid of its own, so that products differ.
     """
 
     name: str
     dense = False
-    own_weight = False
+    requantizes = False
 
     def refusal(self, case: Case) -> str | None:
         """Why this provider does not compute the case; None if it does."""
@@ -48,7 +49,7 @@ class Provider:
     def prepare(self, cases: Sequence[Case]) -> None:
         """Compile ahead, in parallel, what the cases need."""
 
-    def load(self, weights: Weights, case: Case, copies: int) -> list[Any]:
+    def load(self, weight: PackedWeight, case: Case, copies: int) -> list[Any]:
         """The weight in this provider's form, so many times, each in memory of its own."""
         raise NotImplementedError
 
@@ -66,8 +67,8 @@ class Ours(Provider):
 
     name = "ours"
 
-    def load(self, weights: Weights, case: Case, copies: int) -> list[Any]:
-        tiled = tile_weight(weights.packed)
+    def load(self, weight: PackedWeight, case: Case, copies: int) -> list[Any]:
+        tiled = tile_weight(weight)
         return [_clone(tiled) for _ in range(copies)]
 
     def bind(self, layer: Any, x: Tensor, case: Case) -> Callable[[], Tensor]:
@@ -100,29 +101,19 @@ class Ours(Provider):
 
 
 class CuBLAS(Provider):
-    """torch's matmul with the weight before it was rounded: what a model that is not quantized does."""
+    """torch's matmul with the dequantized weight."""
 
     name = "cublas"
-    dense = own_weight = True
+    dense = True
 
-    def load(self, weights: Weights, case: Case, copies: int) -> list[Tensor]:
-        return [weights.full.clone() for _ in range(copies)]
+    def load(self, weight: PackedWeight, case: Case, copies: int) -> list[Tensor]:
+        first = dense(weight, getattr(torch, case.dtype))
+        return [first.clone() for _ in range(copies)]
 
     def bind(self, layer: Tensor, x: Tensor, case: Case) -> Callable[[], Tensor]:
         if case.op == "matmul_transposed":
             return lambda: torch.mm(x, layer)
         return lambda: torch.nn.functional.linear(x, layer)
-
-
-class CuBLASDequantized(CuBLAS):
-    """The same with what the rounding stands for: fewer different numbers, which take less power at the same work."""
-
-    name = "cublas-dequantized"
-    own_weight = False
-
-    def load(self, weights: Weights, case: Case, copies: int) -> list[Tensor]:
-        first = dense(weights.packed, weights.full.dtype)
-        return [first.clone() for _ in range(copies)]
 
 
 class TinyGemm(Provider):
@@ -137,8 +128,8 @@ class TinyGemm(Provider):
             return "K must be whole groups of 32 to 256"
         return "more than 64 rows: slower than cuBLAS by 8x and more" if case.M > 64 else None
 
-    def load(self, weights: Weights, case: Case, copies: int) -> list[tuple[Tensor, Tensor]]:
-        codes, scales, zeros = codes_of(weights.packed)
+    def load(self, weight: PackedWeight, case: Case, copies: int) -> list[tuple[Tensor, Tensor]]:
+        codes, scales, zeros = codes_of(weight)
         codes = codes.t().contiguous()
         packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
         middle = (8 - zeros.float()) * scales.float()  # it computes scale * (code - 8) + middle
@@ -151,9 +142,9 @@ class TinyGemm(Provider):
 
 
 class Humming(Provider):
-    """humming, the CUDA C++ kernels that vLLM uses. It quantizes the weight itself."""
+    """humming, the CUDA C++ kernels that vLLM uses. It quantizes the dequantized weight again."""
 
-    own_weight = True
+    requantizes = True
 
     def __init__(self, sym: bool):
         self.sym = sym
@@ -181,9 +172,9 @@ class Humming(Provider):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, cases))
 
-    def load(self, weights: Weights, case: Case, copies: int) -> list[Any]:
+    def load(self, weight: PackedWeight, case: Case, copies: int) -> list[Any]:
         layer = self._layer(case).cuda()
-        layer.load_from_unquantized(weights.full)
+        layer.load_from_unquantized(dense(weight, getattr(torch, case.dtype)))
         layer.transform()
         return [copy.deepcopy(layer) for _ in range(copies)]
 
@@ -230,7 +221,7 @@ class GemLite(Provider):
             return "1, 2, 4 and 8 bits only"
         return "K must be whole groups" if case.group_size != -1 and case.K % case.group_size else None
 
-    def load(self, weights: Weights, case: Case, copies: int) -> list[Any]:
+    def load(self, weight: PackedWeight, case: Case, copies: int) -> list[Any]:
         core = importlib.import_module("gemlite.core")
         dtype = core.DType.FP16 if case.dtype == "float16" else core.DType.BF16
         layer = core.GemLiteLinear(
@@ -241,7 +232,7 @@ class GemLite(Provider):
             input_dtype=dtype,
             output_dtype=dtype,
         )
-        codes, scales, zeros = codes_of(weights.packed)
+        codes, scales, zeros = codes_of(weight)
         layer.pack(codes.t().contiguous(), scales.t().contiguous(), zeros.t().to(scales.dtype).contiguous(), None)
         return [(layer, [tensor.clone() for tensor in layer.get_tensor_args()]) for _ in range(copies)]
 
@@ -262,13 +253,5 @@ def _clone(weight: Any) -> Any:
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
-    for provider in (
-        Ours(),
-        CuBLAS(),
-        CuBLASDequantized(),
-        TinyGemm(),
-        Humming(sym=False),
-        Humming(sym=True),
-        GemLite(),
-    )
+    for provider in (Ours(), CuBLAS(), TinyGemm(), Humming(sym=False), Humming(sym=True), GemLite())
 }

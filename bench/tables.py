@@ -114,11 +114,9 @@ def prefill() -> str:
     if not found:
         return ""
     rows = [M for M in PREFILL_ROWS if any(case.M == M for case in found)]
-    same = speedups(found, "cublas-dequantized")
-    about = " cuBLAS multiplies the weight as it was; in the last row what rounding left, which takes less power."
     lines = [
         f"Prefill on one {_machine(result)}: speed-up over cuBLAS in fp16 (over humming), geometric means over "
-        f"{len({(case.N, case.K) for case in found})} shapes.{about if same else ''}",
+        f"{len({(case.N, case.K) for case in found})} shapes.",
         "",
         "| bits | " + " | ".join(f"M = {M}" for M in rows) + " |",
         "|---|" + "---|" * len(rows),
@@ -130,9 +128,6 @@ def prefill() -> str:
             cublas, humming = (geomean(speedups(group, peer).values()) for peer in ("cublas", "humming"))
             entries.append(f"{_number(cublas)} ({_number(humming)})")
         lines.append(f"| {bits} | " + " | ".join(entries) + " |")
-    if same:
-        means = [geomean(x for case, x in same.items() if case.M == M) for M in rows]
-        lines.append("| all, with the dequantized weight | " + " | ".join(map(_number, means)) + " |")
     return "\n".join(lines)
 
 

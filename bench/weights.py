@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from cases import Case
 from torch import Tensor
@@ -16,40 +14,22 @@ from gptq_triton.spec import QuantSpec
 SLAB = 4096  # columns dequantized to float64 at once; a multiple of 32, so that zero points split at words
 
 
-class Weights(NamedTuple):
-    """One weight.
-
-    Attributes:
-        full: As a model holds it, (N, K), in 16 bits.
-        packed: Its rounding to nearest.
-    """
-
-    full: Tensor
-    packed: PackedWeight
-
-
-def random_weights(case: Case, device: torch.device | str, seed: int = 0) -> Weights:
-    """Normal numbers, never constant: equal operands draw less power and run at higher clocks.
+def random_weight(case: Case, device: torch.device | str, seed: int = 0) -> PackedWeight:
+    """Normal numbers rounded to nearest, never constant: equal operands draw less power and run at higher clocks.
 
     Outputs are of about unit size for activations of unit size.
     """
     random = torch.Generator(device).manual_seed(seed)
     N, K, dtype = case.N, case.K, getattr(torch, case.dtype)
     spec = QuantSpec(case.bits, case.group_size, sym=case.sym, desc_act=case.act_order)
-    full = torch.randn(N, K, generator=random, device=device).div_(K**0.5).to(dtype)
     g_idx = trivial_g_idx(K, case.group_size, device)
     if case.act_order:
         g_idx = g_idx[torch.randperm(K, generator=random, device=device)]
     by_group = g_idx.argsort(stable=True)
-    columns = full.t().float()[by_group]
+    columns = torch.randn(K, N, generator=random, device=device).div_(K**0.5)
     found = _round_to_nearest(columns, torch.ones(K, device=device), spec, SolverOptions(scale_dtype=dtype))
     order, codes = g_idx if case.act_order else None, found.codes[by_group.argsort()]
-    return Weights(full, pack_weight(codes, found.scales, found.zeros, order, spec, "gptq_v2"))
-
-
-def random_weight(case: Case, device: torch.device | str, seed: int = 0) -> PackedWeight:
-    """What is quantized of `random_weights`."""
-    return random_weights(case, device, seed).packed
+    return pack_weight(codes, found.scales, found.zeros, order, spec, "gptq_v2")
 
 
 def dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

@@ -150,9 +150,8 @@ def test_every_plan_gives_the_same_answer(M, group_size):
 
 
 @pytest.mark.parametrize(("dtype", "act_order"), [(torch.float16, False), (torch.bfloat16, True)])
-@pytest.mark.parametrize("group_size", [128, 64, 32])
-@pytest.mark.parametrize("M", [1, 2, 3, 4])
-def test_digits_are_the_same_wherever_they_are_found(M, group_size, dtype, act_order):
+@pytest.mark.parametrize(("group_size", "M"), [(128, 1), (128, 2), (128, 3), (128, 4), (64, 1), (64, 2), (32, 1)])
+def test_digits_are_the_same_wherever_they_are_found(group_size, M, dtype, act_order):
     weight = random_weight(1500, 200, 4, group_size, act_order=act_order, device=DEVICE)
     tiled = tile_weight(weight)
     for rows in (random_rows(M, 1500, dtype, device=DEVICE), random_rows(M, 1501, dtype, device=DEVICE)[:, 1:]):

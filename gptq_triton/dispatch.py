@@ -211,7 +211,7 @@ _SHARED_X = 16 << 20
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
     for block_m, groups in _LARGE_STEP:
-        if block_m < min(problem.M, 256) / 2 or block_m // 2 >= max(problem.M, 9):
+        if block_m < min(problem.M, 256) / 3 or 16 < block_m >= 2 * problem.M:
             continue  # tiles that take turns, or are mostly empty
         rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * problem.subgroups)

@@ -380,7 +380,11 @@ def _by_slabs(plan: DequantizePlan, problem: Problem, dy: Tensor, weight: TiledW
         return dy @ w
     total = torch.zeros(len(dy), columns, dtype=torch.float32, device=dy.device)
     for first, w in _slabs(plan, problem, weight, dy.dtype, columns):
-        total += dy[:, first : first + len(w)] @ w
+        part = dy[:, first : first + len(w)]
+        if part.is_cuda and part.dtype != torch.float32:
+            torch.addmm(total, part, w, out_dtype=torch.float32, out=total)
+        else:
+            total.addmm_(part.float(), w.float())
     return total.to(dy.dtype)
 
 

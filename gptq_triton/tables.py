@@ -20,7 +20,7 @@ from .atomic import atomic_write
 from .dispatch import alone_or_not
 from .plans import DecodePlan, FusedPlan, LargePlan, MatmulPlan, Problem, WidePlan
 
-BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # rows of x that share a plan, up to
+BUCKETS = (1, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)  # rows of x that share a plan, up to
 
 
 def case(problem: Problem) -> str:

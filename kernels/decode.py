@@ -10,6 +10,9 @@ rows of W and one of several ranges of k; its warps form a grid of WARPS_N (stri
 columns). Partial sums meet in shared memory, then in a workspace, where the last program to arrive adds them in a fixed
 order.
 
+Where a step has two or four groups, a column of a product is a digit of a row of x within one group, 0 elsewhere: each
+lane has the sums of its own group, and those of a row's lanes meet at the end.
+
 Dispatch picks it for M <= 16 and scales of 16 bits. Source: this project.
 """
 

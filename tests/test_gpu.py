@@ -106,6 +106,16 @@ def test_what_the_vendor_multiplies_is_summed_in_float32():
     assert torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slabs_are_added_in_float32(monkeypatch, dtype):
+    monkeypatch.setattr(dispatch, "SLAB_BYTES", 1 << 16)  # 16 rows or more at a time
+    weight = random_weight(1001, 530, 4, 128, device=DEVICE)
+    tiled = tile_weight(weight)
+    x, dy = random_rows(300, 1001, dtype, device=DEVICE), random_rows(300, 530, dtype, device=DEVICE)
+    assert_close(ops.matmul(x, tiled), x, weight)
+    assert_close(ops.matmul_transposed(dy, tiled), dy, weight, transposed=True)
+
+
 @RAGGED
 @given(
     weights(300, 300, scale_dtypes=SCALES, device=DEVICE),

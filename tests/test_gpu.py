@@ -192,10 +192,11 @@ def test_no_worse_than_the_vendor_on_dequantized_weights(bits, dtype):
         assert error < typical_error(1024, dtype)
 
 
+@pytest.mark.parametrize("group_size", [128, 64, 32])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_batch_invariance(dtype, act_order):
-    weight = random_weight(640, 256, 4, 128, act_order=act_order, device=DEVICE)
+def test_batch_invariance(dtype, act_order, group_size):
+    weight = random_weight(640, 256, 4, group_size, act_order=act_order, device=DEVICE)
     tiled = tile_weight(weight)
     x = random_rows(100, 640, dtype, device=DEVICE)
     together = ops.matmul(x, tiled, batch_invariant=True)

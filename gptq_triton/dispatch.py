@@ -21,15 +21,15 @@ from .plans import (
     Problem,
     TransposedPlan,
     WidePlan,
+    groups_of_step,
     shared_evenly,
 )
 
 ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
-ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits
+ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits; fewer where a step has several groups
 # beyond, without the kernel for many rows, W as floats pays off: on an H200 between 128 (4096 x 4096) and 400 rows
 ROWS_OF_MATMUL = 192
 ROWS_OF_TRANSPOSED = 64  # of dy: below, W as floats is faster
-MOST_TILES = 4  # of the decode kernel
 SLAB_BYTES = 256 << 20  # of W as floats at a time
 
 
@@ -84,7 +84,7 @@ def _dequantize(problem: Problem) -> DequantizePlan:
 def candidates(problem: Problem) -> Iterator[FusedPlan]:
     """Every plan worth timing."""
     rows, many = problem.M, problem.subgroups > 1  # digits take more tiles for more groups, floats only more scales
-    most = MOST_TILES * problem.rows_of_tile
+    most = ROWS_OF_DIGITS // problem.subgroups
     few = most // 2
     if problem.takes_digits and rows <= most:
         yield from _decode(problem)
@@ -127,7 +127,7 @@ _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a pro
 
 def rows_of_decode(group_columns: int) -> int:
     """Rows of x that are multiplied at once where no row may depend on how many there are."""
-    return min(ROWS_OF_DECODE, MOST_TILES * 4 // max(1, 128 // group_columns))
+    return min(ROWS_OF_DECODE, ROWS_OF_DIGITS // groups_of_step(group_columns))
 
 
 def _decode(problem: Problem) -> Iterator[DecodePlan]:

@@ -71,6 +71,14 @@ def has_tensor_cores(tensor: Tensor) -> bool:
     return tensor.is_cuda and not torch.version.hip
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, summed in float32, which total is; halves multiply as they are, where that is fast."""
+    if left.dtype in (torch.float16, torch.bfloat16) and has_tensor_cores(left):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.to(total), right.to(total))
+
+
 def splittable(matrix: Tensor) -> Matrix:
     """A floating matrix as `inner` takes it."""
     return Halves.of(matrix.float()) if has_tensor_cores(matrix) else matrix

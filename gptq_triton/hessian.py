@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .aside import Aside
-from .halves import Matrix, has_tensor_cores, inner, splittable
+from .halves import Matrix, add_product, has_tensor_cores, inner, splittable
 
 STRIPS = 4  # of a symmetric product, whose lower triangle is not computed
 FEW = 1 << 34  # multiplications that a GPU is done with before it could be told of strips
@@ -64,11 +64,7 @@ def _add_square(total: Tensor, rows: Tensor) -> None:
     for start in range(0, K, width):
         stop = min(start + width, K)
         for chunk in chunks:
-            left, right, sums = chunk[:, start:stop].t(), chunk[:, start:], total[start:stop, start:]
-            if half:
-                torch.addmm(sums, left, right, out_dtype=torch.float32, out=sums)
-            else:
-                sums.addmm_(left, right)
+            add_product(total[start:stop, start:], chunk[:, start:stop].t(), chunk[:, start:])
         total[stop:, start:stop] = total[start:stop, stop:].t()
 
 

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 import torch
 
 
+def groups_of_step(group_columns: int) -> int:
+    """How many groups of so many columns the 128 columns of a step have, in part or whole."""
+    return max(1, 128 // group_columns)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One product x @ W, as far as a plan depends on it.
@@ -52,7 +57,7 @@ class Problem:
     @property
     def subgroups(self) -> int:
         """Scales of a row in a step."""
-        return max(1, 128 // self.group_columns)
+        return groups_of_step(self.group_columns)
 
     @property
     def rows_of_tile(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, tables
+from .halves import add_product
 from .layout import STEP, STRIP, TiledWeight
 from .plans import (
     DecodePlan,
@@ -321,18 +322,18 @@ def _sums_of_floats() -> Iterator[None]:
 _settings_lock = threading.Lock()
 
 
+@_sums_of_floats()
 def _by_floats(
     problem: Problem, plan: DequantizePlan, x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor
 ) -> None:
     x = _in_order(problem, x.view(problem.M, weight.K) if x.dim() != 2 else x, weight)
     y = y.view(problem.M, weight.N)
-    with _sums_of_floats():
-        for first, w in _slabs(plan, problem, weight, x.dtype, x.shape[1]):
-            part = y[:, first : first + len(w)]
-            if bias is None:
-                torch.mm(x, w.t(), out=part)
-            else:
-                torch.addmm(bias[first : first + len(w)].to(x.dtype), x, w.t(), out=part)
+    for first, w in _slabs(plan, problem, weight, x.dtype, x.shape[1]):
+        part = y[:, first : first + len(w)]
+        if bias is None:
+            torch.mm(x, w.t(), out=part)
+        else:
+            torch.addmm(bias[first : first + len(w)].to(x.dtype), x, w.t(), out=part)
 
 
 def product_transposed(dy: Tensor, weight: TiledWeight) -> Tensor:
@@ -344,8 +345,7 @@ def product_transposed(dy: Tensor, weight: TiledWeight) -> Tensor:
         if isinstance(plan, TransposedPlan):
             dx = _by_tiles(plan, problem, dy, weight, columns)
         else:
-            with _sums_of_floats():
-                dx = _by_slabs(plan, problem, dy, weight, columns)
+            dx = _by_slabs(plan, problem, dy, weight, columns)
     if weight.order is None:
         return dx
     return dx[:, weight.inverse_order()]
@@ -374,17 +374,14 @@ def _by_tiles(plan: TransposedPlan, problem: Problem, dy: Tensor, weight: TiledW
     return dx
 
 
+@_sums_of_floats()
 def _by_slabs(plan: DequantizePlan, problem: Problem, dy: Tensor, weight: TiledWeight, columns: int) -> Tensor:
     if weight.strips <= plan.strips:
         ((_, w),) = _slabs(plan, problem, weight, dy.dtype, columns)
         return dy @ w
     total = torch.zeros(len(dy), columns, dtype=torch.float32, device=dy.device)
     for first, w in _slabs(plan, problem, weight, dy.dtype, columns):
-        part = dy[:, first : first + len(w)]
-        if part.is_cuda and part.dtype != torch.float32:
-            torch.addmm(total, part, w, out_dtype=torch.float32, out=total)
-        else:
-            total.addmm_(part.float(), w.float())
+        add_product(total, dy[:, first : first + len(w)], w)
     return total.to(dy.dtype)
 
 

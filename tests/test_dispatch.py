@@ -245,7 +245,8 @@ def test_the_shipped_table_holds_plans_of_its_cases():
     for name, record in tables.shipped("h200").items():
         shape, width, *group, rows = name.split()
         N, K = map(int, shape.split("x"))
-        problem = replace(H200, M=int(rows[1:]), strips=N // 16, steps=K // 128, bits=int(width[1:]))
-        problem = replace(problem, group_columns=int(group[0][1:]) if group else 128)
+        columns = int(group[0][1:]) if group else 128
+        shape_of = {"strips": N // 16, "steps": K // 128, "bits": int(width[1:]), "group_columns": columns}
+        problem = replace(H200, M=int(rows[1:]), **shape_of)
         assert tables.case(problem) == name
         assert tables.plan_from(record) in set(candidates(problem))

@@ -43,14 +43,8 @@ def test_tensor_parallel(tmp_path):
     model = tiny("llama")
     quantize_model(model, batches(2), QuantizeConfig(4, 32), method="rtn", progress=False)
     save_quantized(model, tmp_path / "model", tokenizer())
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]  # a port of its own
+    # standalone: a port of its own
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, EXAMPLES / "tensor_parallel.py", tmp_path / "model", "w1 w2 w3", "--tokens", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=EXAMPLES.parent)
     assert done.returncode == 0, done.stderr

@@ -86,12 +86,12 @@ def gather(
     (M, C), K = out.shape, x.shape[1]
     numbers = numbers_of_row(K, x.element_size(), whole_row)
     parts = max(1, min(8, PROGRAMS // M)) if numbers else 8
-    block_c = max(128, triton.next_power_of_2(triton.cdiv(C, parts)))
+    block_c = triton.next_power_of_2(max(triton.cdiv(C, parts), min(C, 2048), 128))
     addresses = x.data_ptr() | order.data_ptr() | out.data_ptr()
     aligned = addresses % 16 == 0 and not any(n % 8 for n in (K, C, x.stride(0), out.stride(0)))
     constants = {"ALIGNED": aligned, "PDL": pdl, "NUMBERS": numbers, "BLOCK_C": block_c}
-    # a thread has about 32 numbers of the row, and 16 columns
-    warps = max(4, min(32, max(numbers // 1024, block_c // 512)))
+    # a thread has about 8 numbers of the row, and 16 columns at most
+    warps = max(4, min(32, max(numbers // 256, block_c // 512)))
     options = {"num_warps": warps} | ({"launch_pdl": True} if pdl else {})
     integers = K, C, x.stride(0), out.stride(0)
     run(gather_kernel, (M, triton.cdiv(C, block_c)), (x, order, rows, out), integers, constants, **options)

@@ -68,7 +68,8 @@ def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPl
     _check_dtype(problem.dtype)
     if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
         return _dequantize(problem)
-    return min((transposed_plan(problem, rows) for rows in _TRANSPOSED_CYCLES), key=lambda plan: _cycles(problem, plan))
+    plans = transposed_tiles(problem), _dequantize(problem)
+    return min(plans, key=lambda plan: _transposed_microseconds(problem, plan))
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -120,7 +121,7 @@ _HOPPER = {
 _NVIDIA = {16: ((128, 4, 3, None),), 32: ((128, 4, 3, None),)}
 _AMD = {16: ((64, 4, 2, None),), 64: ((64, 4, 2, None),)}
 _FLOAT = {16: ((32, 8, 2, None),)}
-_STEP_BYTES = 1024 + 256  # of digits and sums, for a tile of x
+_STEP_BYTES = 1024 + 32  # of digits and sums, for a tile of x
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 elsewhere
 
@@ -178,7 +179,7 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
     if not plan.own_digits:
         return 0.0
     waves = 1 if plan.persistent else math.ceil(plan.programs(problem) * plan.split / problem.multiprocessors)
-    return 0.45 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n) - 1.1
+    return 0.12 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n) - 0.8
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
@@ -246,6 +247,11 @@ def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
     return TransposedPlan(block_m, stages, unit, 8, programs, streamed)
 
 
+def transposed_tiles(problem: Problem) -> TransposedPlan:
+    """The kernel's plan for ``dy @ W.T`` that takes the least time."""
+    return min((transposed_plan(problem, rows) for rows in _TRANSPOSED_CYCLES), key=lambda plan: _cycles(problem, plan))
+
+
 def _cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:
     """Tiles of dx, and the units of each."""
     return -(-problem.M // block_m) * problem.steps, -(-problem.strips // (4 * unit))
@@ -258,6 +264,14 @@ def _cycles(problem: Problem, plan: TransposedPlan) -> float:
     shared = plan.streamed / plan.programs
     meeting = 25 * plan.block_m * -(-plan.programs // plan.streamed) if plan.streamed else 0
     return (whole + shared) * (units * plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m] + 10 * plan.block_m) + meeting
+
+
+def _transposed_microseconds(problem: Problem, plan: TransposedPlan | DequantizePlan) -> float:
+    """Estimate, on an H200: the kernel; or W as floats, then the vendor's product, which pays off for small layers."""
+    if isinstance(plan, TransposedPlan):
+        return 2 + 1.15 * _cycles(problem, plan) / 1.7e3
+    weights = problem.strips * 16 * problem.steps * 128
+    return 3.7 + 0.8e-6 * weights + max(0.024 * problem.strips, 2 * problem.M * weights / 680e6)
 
 
 def microseconds(problem: Problem, plan: FusedPlan) -> float:

@@ -157,6 +157,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         pdl=problem.capability >= 90,
         own_rows=M,
         ordered=operands.ordered,
+        aligned=operands.aligned and K % 2 == 0,
         **tiles,
     )
     counters = -(-strips // plan.strips_of_program)  # of tiles
@@ -179,7 +180,6 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
 
 def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
     """Two launches: the digits of x, then the product."""
-    digits_module = _kernels("digits")
     M, K, N = problem.M, operands.K, operands.N
     strips, steps, split = problem.strips, problem.steps, plan.split
     pdl = problem.capability >= 90
@@ -194,12 +194,10 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         pdl=pdl,
         **chosen,
     )
-    digits_of_x = digits_module.prepare_digits(
+    digits_of_x = _kernels("digits").prepare_digits(
         device,
         problem.dtype,
-        K=K,
         ordered=operands.ordered,
-        aligned=operands.aligned,
         subgroups=problem.subgroups,
         tiles=0 if wide else plan.tiles,
         rows=16 if wide else 0,
@@ -209,13 +207,12 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     programs = tiles if wide else plan.programs(problem)
     # one piece of memory, in words: digits, sums, workspace
     digit_words = steps * (16 * 64 if wide else plan.tiles * 256)
-    sum_words = steps * (16 * 2 if wide else plan.tiles * 64)
+    sum_words = steps * (16 * 2 if wide else plan.tiles * 8)
     words = digit_words + sum_words
     if split > 1:
         rows = 16 if wide else plan.tiles * problem.rows_of_tile
         words += split * tiles * 16 * plan.strips_of_program * rows
     counters = tiles if split > 1 else 0
-    grid = -(-steps // digits_module.blocking(K, operands.ordered)[0])
     no_x = () if wide else (None, None)
     sizes = (M, N, steps, strips, N) if wide else (M, N, K, steps, strips, K, N)
     scratch = scratch_of(device)
@@ -227,8 +224,8 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
             digits, zeros = scratch.get(stream, words, counters)
             sums = digits + 4 * digit_words
             digits_of_x(
-                grid, M, stream,
-                x.data_ptr(), None if order is None else order.data_ptr(), digits, sums, M, K, steps, stride,
+                steps, M, stream,
+                x.data_ptr(), None if order is None else order.data_ptr(), digits, sums, K, stride,
             )  # fmt: skip
             multiply(
                 programs, split, stream, *no_x,

@@ -36,10 +36,12 @@ def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
         return None
     table = _table(gpu)
     found = table.get(case(problem))
+    measured = found is not None and problem.M in BUCKETS
+    if found is None and problem.M == 1:
+        found = table.get(case(replace(problem, M=4)))
     plan = None if found is None else plan_from(found)
-    if plan is None and problem.M == 1 and (found := table.get(case(replace(problem, M=4)))) is not None:
-        plan = plan_from(found)
-        plan = alone_or_not(problem, plan) if isinstance(plan, DecodePlan) else plan
+    if isinstance(plan, DecodePlan) and not measured:
+        plan = alone_or_not(problem, plan)
     return None if isinstance(plan, LargePlan) and not problem.takes_large else plan
 
 

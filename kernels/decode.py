@@ -31,6 +31,7 @@ from .common import (
     FENCE,
     LAUNCH_DEPENDENTS,
     WAIT_FOR_EARLIER,
+    Halves,
     Text,
     barrier,
     bits_of,
@@ -41,7 +42,7 @@ from .common import (
     scales_and_zeros,
     unpack,
 )
-from .digits import split_digits
+from .digits import units
 from .launch import Launch, prepare
 
 
@@ -68,6 +69,13 @@ def _every_strip(t, L: gl.constexpr, SHAPE: gl.constexpr):
 
 
 @gluon.jit
+def _every_g(t, GL: gl.constexpr):
+    """A number for each t, [WARPS_K, 4], to one for each lane 4 g + t, [WARPS_K, 32]."""
+    t = gl.convert_layout(t, gl.SliceLayout(1, GL), assert_trivial=True)
+    return gl.expand_dims(t, 1).broadcast_to((t.shape[0], 8, 4)).reshape((t.shape[0], 32))
+
+
+@gluon.jit
 def _pointers(
     words_ptr, meta_ptr, tile, strips, strip_words, S: gl.constexpr, SUBGROUPS: gl.constexpr, L: gl.constexpr
 ):  # fmt: skip
@@ -83,7 +91,7 @@ def _pointers(
 @gluon.jit
 def _step(
     acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, WARPS_K: gl.constexpr,
-    DL: gl.constexpr, UL: gl.constexpr, L: gl.constexpr,
+    DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """acc += scale * unit * ((code - zero) . q) over 128 columns."""
     SHAPE: gl.constexpr = q[0].shape
@@ -96,9 +104,9 @@ def _step(
         args = a
         for i in gl.static_range(8):
             args = args + (_every_strip(_pieces(b, 8, WARPS_K)[i], L, SHAPE),)
-        unit, total = _pieces(sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 32, 2)), 2, WARPS_K)
-        args = args + group + (_every_strip(total, L, SHAPE),)
-        args = args + (_every_strip(unit.to(gl.float32, bitcast=True), L, SHAPE),)
+        unit, total = gl.split(sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 4, 2)))
+        unit = _every_g(unit, GL).to(gl.float32, bitcast=True)
+        args = args + group + (_every_strip(_every_g(total, GL), L, SHAPE), _every_strip(unit, L, SHAPE))
         args = args + (acc[2 * tile], acc[2 * tile + 1])
         out = out + gl.inline_asm_elementwise(
             T.product, T.product_constraints, args, dtype=(gl.float32, gl.float32), is_pure=True, pack=1
@@ -107,54 +115,92 @@ def _step(
 
 
 @gluon.jit
-def _copy_chunk(digits, sums, digits_ptr, sums_ptr, digit_offs, sum_offs, row, first, end, TILES: gl.constexpr):
+def _copy_chunk(
+    digits, sums, digits_ptr, sums_ptr, digit_offs, sum_offs, row, sum_row, first, end, TILES: gl.constexpr
+):  # fmt: skip
     """Start copying the digits and sums of steps first ... end, as many as there is room for, to shared memory."""
     present = gl.expand_dims(row // TILES + first < end, 1)
     async_copy.async_copy_global_to_shared(
         digits, digits_ptr + first * TILES * digits.shape[1] + digit_offs, mask=present
     )
+    present = sum_row // TILES + first < end
     async_copy.async_copy_global_to_shared(sums, sums_ptr + first * TILES * sums.shape[1] + sum_offs, mask=present)
     async_copy.commit_group()
 
 
 @gluon.jit
+def _load_columns(x_ptr, order_ptr, at, inside, K, PAIRS: gl.constexpr):
+    """Columns at, at + 1, 8 more, and 16 more of the tiles, as words of two; PAIRS: two lie in one word of x."""
+    words = ()
+    for word in gl.static_range(4):
+        first = at + (word // 2 * 16 + word % 2 * 8)
+        if PAIRS:
+            ptrs = (x_ptr + first).to(gl.pointer_type(gl.int32), bitcast=True)
+            pair = gl.load(ptrs, mask=inside & (first < K), other=0)
+        else:
+            halves = ()
+            for i in gl.static_range(2):
+                offs = first + i
+                present = inside
+                if order_ptr is not None:
+                    offs = gl.load(order_ptr + offs, mask=inside, other=-1)
+                    present = offs >= 0
+                half = gl.load(x_ptr + offs, mask=present & (offs < K), other=0.0)
+                halves = halves + (half.to(gl.int16, bitcast=True).to(gl.int32),)
+            pair = halves[0] & 0xFFFF | halves[1] << 16
+        words = words + (pair,)
+    return words
+
+
+@gluon.jit
+def _digits_of(words, X: gl.constexpr):
+    """Of rows and steps, [P, 16 lanes 4 s + t]: words of digits [P, 16, hb, digit], units [P], minus lanes' sums."""
+    largest = gl.inline_asm_elementwise(X.largest, X.largest_constraints, words, dtype=gl.int32, is_pure=True, pack=1)
+    largest = gl.max(largest, 1).to(gl.int16).to(X.dtype, bitcast=True).to(gl.float32)
+    per_unit, unit = units(largest.to(gl.int32, bitcast=True))
+    inputs = words + (gl.expand_dims(per_unit, 1).broadcast_to(words[0].shape),)
+    high0, high1, low0, low1, total = gl.inline_asm_elementwise(
+        X.digits, X.digits_constraints, inputs, dtype=(gl.int32,) * 5, is_pure=True, pack=1
+    )
+    return gl.join(gl.join(high0, high1), gl.join(low0, low1)), unit, total
+
+
+@gluon.jit
 def _write_digits(
     digits, sums, x_ptr, order_ptr, first, end, K, stride_xm,
-    ROWS: gl.constexpr, PASSES: gl.constexpr, PASS: gl.constexpr, SUBGROUPS: gl.constexpr,
-    XL: gl.constexpr, TL: gl.constexpr,
+    ROWS: gl.constexpr, PASSES: gl.constexpr, PASS: gl.constexpr, SUBGROUPS: gl.constexpr, PAIRS: gl.constexpr,
+    X: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
 ):  # fmt: skip
     """What digits.py writes, of steps first ... end, for one tile of ROWS rows of x; PASS steps at a time."""
     step = gl.expand_dims(gl.arange(0, PASS, gl.SliceLayout(1, XL)), 1) + first
-    column = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, XL)), 0)
+    lane = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, XL)), 0)  # 4 s + t
+    column = lane // 4 * 32 + lane % 4 * 2
     # lane 4 n + t has the words (s, hb) of column n = 2 (SUBGROUPS m + u) + digit: [s // 2][m, u][digit, t, s % 2, hb]
     digits = digits._reinterpret(gl.int32, [PASSES, PASS, 2, 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
-    # lane 4 g + SUBGROUPS m + u: the unit and minus the sum of row m over subgroup u
-    sums = sums._reinterpret(gl.int32, [PASSES, PASS, 8, 4, 2], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
+    # SUBGROUPS m + u: the unit and minus the sum of row m over subgroup u
+    sums = sums._reinterpret(gl.int32, [PASSES, PASS, 4, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    SL: gl.constexpr = gl.SliceLayout(2, TL)
     AHEAD: gl.constexpr = max(1, 4 // ROWS)  # passes whose loads are in flight together
     for p in gl.static_range(PASSES):
         if p % AHEAD == 0:
             x = ()
             for i in gl.static_range(min(AHEAD, PASSES - p)):
-                offs = (step + (p + i) * PASS) * 128 + column
                 inside = step + (p + i) * PASS < end
-                if order_ptr is not None:
-                    offs = gl.load(order_ptr + offs, mask=inside, other=-1)
-                    inside = offs >= 0
+                at = (step + (p + i) * PASS) * 128 + column
                 for m in gl.static_range(ROWS):
-                    x = x + (gl.load(x_ptr + m * stride_xm + offs, mask=inside & (offs < K), other=0.0),)
+                    x = x + (_load_columns(x_ptr + m * stride_xm, order_ptr, at, inside, K, PAIRS),)
         for m in gl.static_range(ROWS):
-            integers, unit = split_digits(x[p % AHEAD * ROWS + m].to(gl.float32))
-            words = gl.join(_four_bytes((integers + 128) >> 8, PASS), _four_bytes(integers, PASS))
-            words = words.permute((0, 1, 5, 4, 2, 3)).reshape((PASS, 2, 1, 32))
+            words, unit, total = _digits_of(x[p % AHEAD * ROWS + m], X)
+            words = words.reshape((PASS, 2, 2, 4, 2, 2)).permute((0, 1, 5, 3, 2, 4)).reshape((PASS, 2, 1, 32))
             for u in gl.static_range(SUBGROUPS):
                 own = words if SUBGROUPS == 1 else gl.where(_subgroup(words, SUBGROUPS) == u, words, 0)
                 digits.index(p).slice(SUBGROUPS * m + u, 1, dim=2).store(own)
-            total = -gl.sum(integers.reshape((PASS, SUBGROUPS, 128 // SUBGROUPS)), 2)
-            unit = gl.convert_layout(unit.to(gl.int32, bitcast=True), gl.SliceLayout(1, total.type.layout))
-            unit = gl.expand_dims(unit, 1).broadcast_to((PASS, SUBGROUPS))
-            both = gl.convert_layout(gl.join(unit, total), gl.SliceLayout(1, TL))
-            both = gl.expand_dims(both, 1).broadcast_to((PASS, 8, SUBGROUPS, 2))
-            sums.index(p).slice(SUBGROUPS * m, SUBGROUPS, dim=2).store(both)
+            total = gl.convert_layout(gl.sum(total.reshape((PASS, SUBGROUPS, 16 // SUBGROUPS)), 2), SL)
+            unit = gl.convert_layout(unit.to(gl.int32, bitcast=True), gl.SliceLayout(1, SL))
+            unit = gl.expand_dims(gl.expand_dims(unit, 1), 2)
+            which = gl.expand_dims(gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, TL))), 0), 0)
+            both = gl.where(which == 0, unit, gl.expand_dims(total, 2))
+            sums.index(p).slice(SUBGROUPS * m, SUBGROUPS, dim=1).store(both)
 
 
 @gluon.jit
@@ -168,15 +214,6 @@ def _subgroup(words, SUBGROUPS: gl.constexpr):
     return (2 * half + rest // 2 % 2) * SUBGROUPS // 4
 
 
-@gluon.jit
-def _four_bytes(digits, PASS: gl.constexpr):
-    """Words [PASS, s // 2, s % 2, hb, t]: byte 2 i0 + i1 is column 32 s + 16 hb + 8 i1 + 2 t + i0 of [PASS, 128]."""
-    even, odd = gl.split(digits.reshape((PASS, 2, 2, 2, 2, 4, 2)) & 255)
-    b0, b1 = gl.split(even.permute((0, 1, 2, 3, 5, 4)))
-    b2, b3 = gl.split(odd.permute((0, 1, 2, 3, 5, 4)))
-    return b0 | b1 << 8 | b2 << 16 | b3 << 24
-
-
 @gluon.jit(
     do_not_specialize=["M", "N", "K", "steps", "strips", "stride_xm", "stride_ym"],
     do_not_specialize_on_alignment=["x_ptr", "bias_ptr"],
@@ -186,9 +223,9 @@ def decode_kernel(
     M, N, K, steps, strips, stride_xm, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
-    PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr,
-    L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, CL: gl.constexpr, YL: gl.constexpr, XL: gl.constexpr,
-    TL: gl.constexpr,
+    PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr, PAIRS: gl.constexpr, X: gl.constexpr,
+    L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, CL: gl.constexpr, SL: gl.constexpr,
+    YL: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program; if PERSISTENT one after another, words of the next in flight.
 
@@ -196,7 +233,7 @@ def decode_kernel(
     """
     S: gl.constexpr = STRIPS * WARPS_N
     STEP_WORDS: gl.constexpr = 64 * T.bits
-    WIDTH: gl.constexpr = 64  # of the sums of a step and tile
+    WIDTH: gl.constexpr = 8  # of the sums of a step and tile
     LANES: gl.constexpr = 32 // SUBGROUPS  # with sums of their own: those over subgroups meet
     TILE: gl.constexpr = 4 // SUBGROUPS  # rows of x
     ROWS: gl.constexpr = CHUNK * WARPS_K * TILES
@@ -224,7 +261,8 @@ def decode_kernel(
     if not OWN_ROWS:
         row = gl.arange(0, ROWS, gl.SliceLayout(1, CL))
         digit_offs = gl.expand_dims(row, 1) * 256 + gl.expand_dims(gl.arange(0, 256, gl.SliceLayout(0, CL)), 0)
-        sum_offs = gl.expand_dims(row, 1) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CL)), 0)
+        sum_row = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, SL)), 1)
+        sum_offs = sum_row * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, SL)), 0)
         digit_chunks = digits._reinterpret(gl.int32, [SIDES, ROWS, 256], FLAT)
         sum_chunks = sums._reinterpret(gl.int32, [SIDES, ROWS, WIDTH], FLAT)
     q = ()
@@ -241,13 +279,13 @@ def decode_kernel(
         PASS: gl.constexpr = 2 * WARPS_N * WARPS_K
         _write_digits(
             digits, sums, x_ptr, order_ptr, first, end, K, stride_xm,
-            OWN_ROWS, ROWS // PASS, PASS, SUBGROUPS, XL, TL,
+            OWN_ROWS, ROWS // PASS, PASS, SUBGROUPS, PAIRS, X, XL, TL,
         )  # fmt: skip
         barrier()
     else:
         _copy_chunk(
             digit_chunks.index(0), sum_chunks.index(0), digits_ptr, sums_ptr,
-            digit_offs, sum_offs, row, first, end, TILES,
+            digit_offs, sum_offs, row, sum_row, first, end, TILES,
         )  # fmt: skip
     partial = gl.allocate_shared_memory(gl.float32, [2 * TILES, WARPS_K, S * LANES], FLAT)
     padded = (hi - lo + DEPTH - 1) // DEPTH * DEPTH  # rounds of words loaded for a tile
@@ -274,7 +312,7 @@ def decode_kernel(
                     first = gl.where(chunk + CHUNK < hi, first, lo * WARPS_K)  # of the next tile
                 _copy_chunk(
                     digit_chunks.index(1 - side), sum_chunks.index(1 - side), digits_ptr, sums_ptr,
-                    digit_offs, sum_offs, row, first, end, TILES,
+                    digit_offs, sum_offs, row, sum_row, first, end, TILES,
                 )  # fmt: skip
                 barrier()  # before the first read of the chunk, or the compiler adds one to every round
             n = gl.minimum(CHUNK, hi - chunk)
@@ -293,6 +331,7 @@ def decode_kernel(
                             WARPS_K,
                             DL,
                             UL,
+                            GL,
                             L,
                         )
                     q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
@@ -361,6 +400,7 @@ def decode_kernel(
 def constants(
     bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int,
     splits: bool, persistent: bool, group_columns: int, pdl: bool, own_rows: int = 0,
+    bf16: bool = False, pairs: bool = False,
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
     subgroups = max(1, 128 // group_columns)
@@ -376,7 +416,7 @@ def constants(
         "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
         "PERSISTENT": persistent,
         "GROUP_STEPS": max(1, group_columns // 128),
-        "SUBGROUPS": subgroups, "PDL": pdl, "OWN_ROWS": own_rows,
+        "SUBGROUPS": subgroups, "PDL": pdl, "OWN_ROWS": own_rows, "PAIRS": pairs, "X": Halves(bf16),
         "L": linear(
             [[0, s, 0] for s in rest], [[0, 0, b] for b in bits_of(32)], [[0, s, 0] for s in here] + in_k,
             [warps_k, S, 32],
@@ -385,19 +425,21 @@ def constants(
             [[0, 0, 1], [0, 0, 2], [0, 1, 0]], [[0, 0, 4 * b] for b in bits_of(32)], same + in_k, [warps_k, 2, 128]
         ),
         "UL": linear(
-            [[0, 0, 1]], [[0, 0, 2 * b] for b in bits_of(32)], same + in_k, [warps_k, 1, 64],
+            [[0, 0, 1]], [[0, 0, 2], [0, 0, 4]] + [[0, 0, 0]] * 3, same + in_k, [warps_k, 1, 8]
+        ),
+        "GL": linear(
+            [], [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]], same + in_k, [warps_k, 8, 4]
         ),
         "CL": gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]),
+        "SL": gl.BlockedLayout([1, 4], [16, 2], [warps, 1], [1, 0]),
         "YL": gl.BlockedLayout([warps_k, 1], [1, 32], [1, warps], [1, 0]),
         # a lane has eight columns of a step, whole words of digits; a warp has two steps
         "XL": linear(
-            [[0, 1], [0, 8], [0, 16]], [[0, 2], [0, 4], [0, 32], [0, 64], [1, 0]], [[2 * b, 0] for b in bits_of(warps)],
-            [2 * warps, 128],
+            [], [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0]], [[2 * b, 0] for b in bits_of(warps)], [2 * warps, 16]
         ),
         "TL": linear(
-            [[0, 0, 0, 1]] + [[0, 0, b, 0] for b in bits_of(subgroups)] + [[0, b, 0, 0] for b in bits_of(8)],
-            [[0, 0, 0, 0]] * 4 + [[1, 0, 0, 0]], [[2 * b, 0, 0, 0] for b in bits_of(warps)],
-            [2 * warps, 8, subgroups, 2],
+            [[0, 0, 1]] + [[0, b, 0] for b in bits_of(subgroups)], [[0, 0, 0]] * 4 + [[1, 0, 0]],
+            [[2 * b, 0, 0] for b in bits_of(warps)], [2 * warps, subgroups, 2],
         ),
     }  # fmt: skip
 
@@ -405,7 +447,7 @@ def constants(
 def prepare_decode(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
-    persistent: bool, pdl: bool, own_rows: int = 0, ordered: bool = False,
+    persistent: bool, pdl: bool, own_rows: int = 0, ordered: bool = False, aligned: bool = False,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -427,6 +469,7 @@ def prepare_decode(
         pdl: Programmatic dependent launch (sm_90 on).
         own_rows: M, at most one tile, if programs find the digits of x, else 0.
         ordered: Whether there is an order (with own_rows).
+        aligned: K is even, and rows of x start at multiples of 4 bytes (with own_rows).
 
     Returns:
         ``launch(programs, split, stream, x, order, digits, sums, words, meta, bias, y, workspace, counters, M, N, K,
@@ -444,7 +487,7 @@ def prepare_decode(
     """
     names = constants(
         bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl,
-        own_rows,
+        own_rows, dtype == torch.bfloat16, aligned and not ordered,
     )  # fmt: skip
     rows = (dtype, torch.int32 if ordered else None, None, None) if own_rows else (None, None, torch.int32, torch.int32)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)

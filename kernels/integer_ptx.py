@@ -101,6 +101,42 @@ def meta_asm(bits: int, r8: int, scales_bf16: bool, *, signed: bool = False) -> 
     return f"{{ .reg .b16 l, h; {scale} {zero} }}", "=&f,=&r,r"
 
 
+def largest_asm(bf16: bool) -> tuple[str, str]:
+    """The largest of eight halves without their signs, NaN above all: inputs four words of two."""
+    half = "bf16" if bf16 else "f16"
+    lines = [f"and.b32 a, $1, {0x7FFF7FFF:#x};"]
+    for i in range(2, 5):
+        lines.append(f"and.b32 b, ${i}, {0x7FFF7FFF:#x}; max.NaN.{half}x2 a, a, b;")
+    lines.append(f"mov.b32 {{l, h}}, a; max.NaN.{half} l, l, h; cvt.u32.u16 $0, l;")
+    return "{ .reg .b32 a, b; .reg .b16 l, h;\n" + "\n".join(lines) + " }", "=&r,r,r,r,r"
+
+
+def digits_asm(bf16: bool) -> tuple[str, str]:
+    """Eight halves times a power of two that leaves at most 15 bits, to nearest, as two signed digits to the base 256.
+
+    Outputs the words of high digits [hb], those of low ones, and minus the sum of the numbers. Inputs four words of two
+    columns [hb][i1], the power of two. Byte 2 i0 + i1 of an output is column 8 i1 + i0 of the 16 of hb.
+    """
+    # beyond 2**23 a float is an integer plus the bits of 1.5 * 2**23; 128 more, and byte 1 is the high digit
+    lines = ["mov.b32 c, 0x4b400080; mov.b32 ones, 0xffffffff; mov.b32 h, 0; mov.b32 s, 0;"]
+    for hb in range(2):
+        for i1 in range(2):
+            word = f"${5 + 2 * hb + i1}"
+            if bf16:
+                lines.append(f"shl.b32 x0, {word}, 16; and.b32 x1, {word}, 0xffff0000;")
+            else:
+                lines.append(f"mov.b32 {{l0, l1}}, {word}; cvt.f32.f16 x0, l0; cvt.f32.f16 x1, l1;")
+            lines += [f"fma.rn.f32 r{i0}{i1}, x{i0}, $9, c;" for i0 in range(2)]
+        lines += [
+            "prmt.b32 a, r00, r01, 0x4051; prmt.b32 b, r10, r11, 0x4051;",
+            f"prmt.b32 ${hb}, a, b, 0x5410; prmt.b32 a, a, b, 0x7632; xor.b32 ${2 + hb}, a, 0x80808080;",
+            f"dp4a.s32.s32 h, ${hb}, ones, h; dp4a.s32.s32 s, ${2 + hb}, ones, s;",
+        ]
+    lines.append("mad.lo.s32 $4, h, 256, s;")
+    declared = ".reg .b16 l0, l1; .reg .b32 a, b, c, h, s, ones, x0, x1, r00, r01, r10, r11;"
+    return f"{{ {declared}\n" + "\n".join(lines) + " }", ",".join(["=&r"] * 5 + ["r"] * 4 + ["f"])
+
+
 def product_asm() -> tuple[str, str]:
     """Sums of one step, strip and tile of x, added to the accumulators of rows n and n + 8.
 

@@ -20,21 +20,17 @@ pytestmark = [
 ]
 
 
-def run(
-    x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool, whole: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's integers (M, steps * 128), units (M, steps) and sums (M, steps, subgroups)."""
-    from gptq_triton.kernels.digits import blocking, digits_kernel
+    from gptq_triton.kernels.digits import digits_kernel
 
     M, K = x.shape
-    block, numbers = blocking(K, ordered=whole and order is not None)
     rows, row_columns = 16 if wide else 0, 2 * subgroups
     tiles = 0 if wide else -(-M * subgroups // 4)
     digits = torch.full((steps, 16, 64) if wide else (steps, tiles, 256), -1, dtype=torch.int32)
-    sums = torch.full((steps, 2, 16) if wide else (steps, tiles, 32, 2), -1, dtype=torch.int32)
-    digits_kernel[(-(-steps // block), M)](
-        x, order, digits, sums, M, K, steps, x.stride(0),
-        ALIGNED=False, TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, BLOCK=block, NUMBERS=numbers, PDL=False,
+    sums = torch.full((steps, 2, 16) if wide else (steps, tiles, 4, 2), -1, dtype=torch.int32)
+    digits_kernel[(steps, M)](
+        x, order, digits, sums, K, x.stride(0), TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, PDL=False,
     )  # fmt: skip
     integers = torch.empty(M, steps, 128, dtype=torch.int64)
     units, totals = torch.empty(M, steps), torch.empty(M, steps, subgroups, dtype=torch.int64)
@@ -62,9 +58,7 @@ def run(
             row = sums[:, None, :, place]
         else:
             place = subgroups * m % 4
-            rows_of_lanes = sums.view(steps, tiles, 8, 4, 2)[:, subgroups * m // 4, :, place : place + subgroups]
-            assert torch.equal(rows_of_lanes, rows_of_lanes[:, :1].expand_as(rows_of_lanes))  # the same for every g
-            row = rows_of_lanes[:, 0]
+            row = sums[:, subgroups * m // 4, place : place + subgroups]
         assert torch.equal(row[:, :, 0], row[:, :1, 0].expand(-1, subgroups))
         units[m] = row[:, 0, 0].contiguous().view(torch.float32)
         totals[m] = -row[:, :, 1].long()
@@ -78,11 +72,10 @@ def run(
     subgroups=st.sampled_from((1, 2, 4)),
     wide=st.booleans(),
     ordered=st.booleans(),
-    whole=st.booleans(),
     exponent=st.integers(-12, 12),
     seed=st.integers(0, 99),
 )
-def test_digits_are_x(M, K, subgroups, wide, ordered, whole, exponent, seed):
+def test_digits_are_x(M, K, subgroups, wide, ordered, exponent, seed):
     rng = generator(seed)
     x = (torch.randn(M, K, generator=rng) * 2.0**exponent).half()
     steps, subgroups = -(-K // 128), 1 if wide else subgroups
@@ -91,7 +84,7 @@ def test_digits_are_x(M, K, subgroups, wide, ordered, whole, exponent, seed):
         order = torch.full((128 * steps,), -1, dtype=torch.int32)
         order[torch.randperm(128 * steps, generator=rng)[:K]] = torch.arange(K, dtype=torch.int32)
         expected = torch.where(order >= 0, x[:, order.clamp(min=0).long()], 0)
-    integers, units, totals = run(x, order, steps, subgroups, wide, whole)
+    integers, units, totals = run(x, order, steps, subgroups, wide)
     expected = expected.double().view(M, steps, 128)
     found = integers.double().view(M, steps, 128) * units.double()[:, :, None]
     error, largest = (found - expected).abs(), expected.abs().amax(2)
@@ -108,5 +101,5 @@ def test_digits_are_x(M, K, subgroups, wide, ordered, whole, exponent, seed):
 def test_what_is_not_finite_is_seen(bad):
     x = torch.randn(3, 256, generator=generator(0)).half()
     x[1, 200] = bad
-    _, units, _ = run(x, None, 2, 1, wide=False, whole=False)
+    _, units, _ = run(x, None, 2, 1, wide=False)
     assert units.isnan().tolist() == [[False, False], [False, True], [False, False]]

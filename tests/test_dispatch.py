@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_triton import tables
-from gptq_triton.dispatch import candidates, choose, choose_transposed, microseconds
+from gptq_triton.dispatch import candidates, choose, choose_transposed, microseconds, transposed_tiles
 from gptq_triton.layout import ONE_GROUP
 from gptq_triton.plans import (
     DecodePlan,
@@ -57,7 +57,7 @@ def test_every_plan_can_be_launched(problem, batch_invariant):
             assert batch_invariant or plan.tiles * min(4, problem.group_columns // 32) >= problem.M
             assert plan.chunk % plan.depth == 0
             assert plan.warps_n * plan.warps_k <= 16
-            per_step = plan.tiles * 1280
+            per_step = plan.tiles * 1056
             used = (2 - plan.own_digits) * plan.chunk * plan.warps_k * per_step
             used += 256 * plan.tiles * plan.strips * plan.warps_n * plan.warps_k
             assert used <= SHARED_MEMORY.get(problem.arch, 101376) or plan.chunk == 1
@@ -108,6 +108,15 @@ def test_every_transposed_plan_can_be_launched(problem, M, aligned):
     assert plan.streamed == 0 or plan.streamed * units >= plan.programs  # a unit or more for each
 
 
+@pytest.mark.parametrize(
+    ("N", "K", "M", "kernel"),
+    [(576, 576, 1024, False), (576, 1536, 8192, False), (4096, 4096, 64, True), (8192, 28672, 1024, True)],
+)
+def test_gradients_of_small_layers_take_floats(N, K, M, kernel):
+    problem = replace(H200, strips=N // 16, steps=-(-K // 128), M=M)
+    assert isinstance(choose_transposed(problem), TransposedPlan if kernel else DequantizePlan)
+
+
 @pytest.fixture(scope="module")
 def schedule():
     """Who does what in kernels of warpgroups, as Python functions."""
@@ -123,8 +132,7 @@ def schedule():
 @given(problems, st.integers(64, 9000))
 def test_the_gradients_programs_share_its_tiles(schedule, problem, M):
     problem = replace(problem, M=M, arch="sm_90", half_scales=True, dtype=torch.float16)
-    plan = choose_transposed(problem)
-    assert isinstance(plan, TransposedPlan)
+    plan = transposed_tiles(problem)
     tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
     check_shares(schedule, plan.programs, plan.streamed, tiles, units)
 
@@ -228,8 +236,9 @@ def test_tables(tmp_path, monkeypatch):
     assert tables.lookup("a-gpu", replace(odd, M=2)) is None
     few = replace(odd, strips=5, M=4)
     tables.save("a-gpu", {tables.case(few): DecodePlan(1, 1, 2, 8, 2, 4, 1)})
-    alone = tables.lookup("a-gpu", replace(few, M=1))  # a plan for more rows serves, with digits of its own
-    assert alone == DecodePlan(1, 1, 2, 8, 2, 4, 1, own_digits=True)
+    for M in (1, 2, 3):  # a plan for more rows serves, with digits of its own
+        assert tables.lookup("a-gpu", replace(few, M=M)) == DecodePlan(1, 1, 2, 8, 2, 4, 1, own_digits=True)
+    assert tables.lookup("a-gpu", few) == DecodePlan(1, 1, 2, 8, 2, 4, 1)
     long = replace(few, steps=224)  # 28672 columns: a launch before is faster
     tables.save("a-gpu", {tables.case(long): DecodePlan(1, 1, 2, 8, 2, 4, 1)})
     assert tables.lookup("a-gpu", replace(long, M=1)) == DecodePlan(1, 1, 2, 8, 2, 4, 1)

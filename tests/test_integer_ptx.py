@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_triton.kernels.integer_ptx import load_asm, meta_asm, product_asm, registers_asm, shift, words
+from gptq_triton.kernels.integer_ptx import (
+    digits_asm,
+    largest_asm,
+    load_asm,
+    meta_asm,
+    product_asm,
+    registers_asm,
+    shift,
+    words,
+)
 from gptq_triton.layout import tile
 from gptq_triton.spec import BITS
 from tests.strategies import generator
@@ -85,8 +94,19 @@ def run(asm: tuple[str, str], inputs: list[Tensor]) -> list[Tensor]:
             result = a[0] >> a[1]
         elif operation == "shl.b32":
             result = a[0] << a[1]
+        elif operation == "xor.b32":
+            result = a[0] ^ a[1]
         elif operation == "sub.s32":
             result = a[0] - a[1]
+        elif re.fullmatch(r"max\.NaN\.b?f16(x2)?", operation):  # no signs: the order of integers, NaN above all
+            result = sum(torch.maximum(*(v & 0xFFFF << i for v in a)) for i in (0, 16))
+        elif operation == "cvt.u32.u16":
+            result = a[0] & 0xFFFF
+        elif operation == "prmt.b32":
+            pool = torch.cat([bytes_of(v, False) for v in a[:2]], 1)
+            result = sum(pool[:, int(names[3], 0) >> 4 * i & 7] << 8 * i for i in range(4))
+        elif operation == "dp4a.s32.s32":
+            result = (bytes_of(a[0], True) * bytes_of(a[1], True)).sum(1) + signed(a[2])
         elif operation == "lop3.b32":
             result = {0xEA: a[0] & a[1] | a[2], 0x6A: a[0] & a[1] ^ a[2]}[int(names[4], 0)]
         elif operation == "mad.lo.s32":
@@ -191,6 +211,32 @@ def test_the_product_of_a_step(bits, subgroups):
         size = q.double().abs().view(rows, subgroups, 1, columns) @ weight.abs()
         size = (unit.double()[:, None, None] * size[:, :, 0]).view(4, 16) + start
         assert bool((error <= 4 * 2.0**-24 * size[t, g + 8 * r8]).all())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_halves_become_digits(bf16):
+    rng = generator(0)
+    x = (torch.randn(32, 2, 2, 2, generator=rng) * 100).to(torch.bfloat16 if bf16 else torch.float16)  # hb, i1, i0
+    x[5, 0, 0, 0] = 0
+    patterns = x.view(torch.int16).long() & 0xFFFF
+    pairs = [patterns[:, hb, i1, 0] | patterns[:, hb, i1, 1] << 16 for hb in range(2) for i1 in range(2)]
+    (largest,) = run(largest_asm(bf16), pairs)
+    assert torch.equal(largest.to(torch.int16).view(x.dtype), x.abs().view(32, 8).amax(1))
+    power = 2.0 ** torch.floor(torch.log2(32639 / x.abs().view(32, 8).amax(1).float()))
+    found = run(digits_asm(bf16), [*pairs, to_bits(power)])
+    integers = (x.double() * power.double()[:, None, None, None]).round()
+    high, low = (torch.stack([bytes_of(w, True) for w in found[i : i + 2]], 1) for i in (0, 2))
+    assert torch.equal((256 * high + low).view(32, 2, 2, 2).transpose(2, 3).double(), integers)  # byte 2 i0 + i1
+    assert torch.equal(signed(found[4]), -integers.view(32, 8).sum(1).long())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_above_all(bad):
+    x = torch.full((32, 8), 60000.0).half()
+    x[torch.arange(32), torch.arange(32) % 8] = bad
+    patterns = x.view(torch.int16).long() & 0xFFFF
+    (largest,) = run(largest_asm(False), [patterns[:, 2 * i] | patterns[:, 2 * i + 1] << 16 for i in range(4)])
+    assert bool((largest >= 0x7C00).all())
 
 
 @pytest.mark.parametrize("addresses", [1, 4])

@@ -150,7 +150,7 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
         yield from plans
         if tiles == 1:
             own = (with_own_digits(problem, replace(plan, depth=depth)) for plan in plans)
-            yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 0.3)
+            yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 0.9)
 
 
 def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
@@ -179,7 +179,7 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
     if not plan.own_digits:
         return 0.0
     waves = 1 if plan.persistent else math.ceil(plan.programs(problem) * plan.split / problem.multiprocessors)
-    return 0.12 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n) - 0.8
+    return 0.2 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n) - 0.8
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:

@@ -20,7 +20,7 @@ from .atomic import atomic_write
 from .dispatch import alone_or_not
 from .plans import DecodePlan, FusedPlan, LargePlan, MatmulPlan, Problem, WidePlan
 
-BUCKETS = (1, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)  # rows of x that share a plan, up to
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)  # rows of x that share a plan, up to
 
 
 def case(problem: Problem) -> str:
@@ -36,12 +36,11 @@ def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
         return None
     table = _table(gpu)
     found = table.get(case(problem))
-    measured = found is not None and problem.M in BUCKETS
-    if found is None and problem.M == 1:
-        found = table.get(case(replace(problem, M=4)))
     plan = None if found is None else plan_from(found)
-    if isinstance(plan, DecodePlan) and not measured:
-        plan = alone_or_not(problem, plan)
+    if plan is None and problem.M <= 2 and (found := table.get(case(replace(problem, M=4)))) is not None:
+        plan = plan_from(found)
+        if problem.M == 1 and isinstance(plan, DecodePlan):
+            plan = alone_or_not(problem, plan)
     return None if isinstance(plan, LargePlan) and not problem.takes_large else plan
 
 

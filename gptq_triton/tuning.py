@@ -32,7 +32,7 @@ def tune(
 
     Args:
         layers: A module whose `QuantLinear` layers are on a GPU, or tiled weights.
-        rows: Of x: plans are kept for 1, 2-4, 5-8, 9-16, 17-32 rows and so on.
+        rows: Of x: plans are kept for 1, 2, 3-4, 5-8, 9-16, 17-32 rows and so on.
         dtype: Of x: float16 or bfloat16.
         save: Keep the plans in the user's table (`tables.user_file`), which later runs read; else only return them.
         say: Called with a line for each case.

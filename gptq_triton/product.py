@@ -7,7 +7,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -120,9 +120,11 @@ def prepare_launch(problem: Problem, plan: Plan, operands: Operands, device: int
         launch = functools.partial(_matmul, problem, plan, device)
     elif isinstance(plan, LargePlan):
         launch = _large(problem, plan, operands, device)
-    elif isinstance(plan, DecodePlan) and plan.own_digits:
+    elif isinstance(plan, DecodePlan) and plan.own_digits and not operands.ordered:
         launch = _decode_alone(problem, plan, operands, device)
     else:
+        if isinstance(plan, DecodePlan) and plan.own_digits:  # every program putting x in order takes longer
+            plan = replace(plan, own_digits=False, chunk=4)
         launch = _by_digits(problem, plan, operands, device)
     if torch.cuda.device_count() == 1:
         return launch

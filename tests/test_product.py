@@ -215,8 +215,9 @@ def test_the_vendor_may_add_halves_again_afterwards():
     ("group_size", "M"), [*((128, M) for M in (1, 4, 5, 8, 12, 16)), (64, 2), (64, 7), (32, 1), (32, 2), (32, 4)]
 )
 def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
-    weight = random_weight(1536, 530, 4, group_size, act_order=True)
+    weight = random_weight(1536, 530, 4, group_size, act_order=M % 2 == 0)
     tiled = tile_weight(weight)
+    order = None if tiled.order is None else tiled.order.data_ptr()
     bias = torch.zeros(530, dtype=torch.float16)
     x = random_rows(M, 1536, torch.float16)
     problem = product.problem_of(M, torch.float16, 0, tiled)
@@ -227,14 +228,14 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
         y = torch.empty(M, 530, dtype=torch.float16)
         operands = product.Operands.of(tiled, bias, True)
         product.prepare_launch(problem, plan, operands, 0)(x, 1536, bias, tiled, y)
-        if isinstance(plan, DecodePlan) and plan.own_digits:
+        if isinstance(plan, DecodePlan) and plan.own_digits and order is None:
             ((kind, taken, main),) = gpu.kernels.launches
-            assert (kind, taken["own_rows"], taken["ordered"]) == ("decode", M, True)
+            assert (kind, taken["own_rows"], taken["ordered"]) == ("decode", M, False)
             programs = plan.programs(problem)
             partial, zeros = gpu.scratch.memory, gpu.scratch.zeros
             met = (partial.data_ptr(), zeros.data_ptr()) if plan.split > 1 else (None, None)
             assert main == (
-                programs, plan.split, 0, x.data_ptr(), tiled.order.data_ptr(), None, None, tiled.words.data_ptr(),
+                programs, plan.split, 0, x.data_ptr(), None, None, None, tiled.words.data_ptr(),
                 tiled.meta.data_ptr(), bias.data_ptr(), y.data_ptr(), *met, M, 530, 1536, tiled.steps, 34, 1536, 530,
             )  # fmt: skip
             if plan.split > 1:
@@ -254,7 +255,7 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size):
         assert kind == ("wide" if isinstance(plan, WidePlan) else "decode")
         assert taken["subgroups"] == subgroups
         assert digits[:2] == (tiled.steps, M)
-        assert digits[3:7] == (x.data_ptr(), tiled.order.data_ptr(), *main[3:5])
+        assert digits[3:7] == (x.data_ptr(), order, *main[3:5])
         assert digits[7:] == (1536, 1536)
         assert main[3] == begin
         assert main[4] - main[3] == 4 * tiled.steps * columns * 32  # digits of 128 columns, as words

@@ -114,17 +114,17 @@ def forget() -> None:
 
 def prepare_launch(problem: Problem, plan: Plan, operands: Operands, device: int) -> Launch:
     """Compile a plan for the current stream of a device."""
+    if isinstance(plan, DecodePlan) and plan.own_digits and operands.ordered:
+        plan = replace(plan, own_digits=False, chunk=4)  # every program putting x in order takes longer
     if isinstance(plan, DequantizePlan):
         launch = functools.partial(_by_floats, problem, plan)
     elif isinstance(plan, MatmulPlan):
         launch = functools.partial(_matmul, problem, plan, device)
     elif isinstance(plan, LargePlan):
         launch = _large(problem, plan, operands, device)
-    elif isinstance(plan, DecodePlan) and plan.own_digits and not operands.ordered:
+    elif isinstance(plan, DecodePlan) and plan.own_digits:
         launch = _decode_alone(problem, plan, operands, device)
     else:
-        if isinstance(plan, DecodePlan) and plan.own_digits:  # every program putting x in order takes longer
-            plan = replace(plan, own_digits=False, chunk=4)
         launch = _by_digits(problem, plan, operands, device)
     if torch.cuda.device_count() == 1:
         return launch
@@ -158,7 +158,6 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         **_form(problem, operands.scales),
         pdl=problem.capability >= 90,
         own_rows=M,
-        ordered=operands.ordered,
         aligned=operands.aligned and K % 2 == 0,
         **tiles,
     )
@@ -168,11 +167,10 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
-        order = weight.order
         partial, zeros = scratch.get(stream, words, counters) if split > 1 else (None, None)
         multiply(
             programs, split, stream,
-            x.data_ptr(), None if order is None else order.data_ptr(), None, None,
+            x.data_ptr(), None, None,
             weight.words.data_ptr(), weight.meta.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
             partial, zeros, M, N, K, steps, strips, stride, N,
         )  # fmt: skip
@@ -215,7 +213,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         rows = 16 if wide else plan.tiles * problem.rows_of_tile
         words += split * tiles * 16 * plan.strips_of_program * rows
     counters = tiles if split > 1 else 0
-    no_x = () if wide else (None, None)
+    no_x = () if wide else (None,)
     sizes = (M, N, steps, strips, N) if wide else (M, N, K, steps, strips, K, N)
     scratch = scratch_of(device)
 

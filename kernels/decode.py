@@ -129,7 +129,7 @@ def _copy_chunk(
 
 
 @gluon.jit
-def _load_columns(x_ptr, order_ptr, at, inside, K, PAIRS: gl.constexpr):
+def _load_columns(x_ptr, at, inside, K, PAIRS: gl.constexpr):
     """Columns at, at + 1, 8 more, and 16 more of the tiles, as words of two; PAIRS: two lie in one word of x."""
     words = ()
     for word in gl.static_range(4):
@@ -140,12 +140,7 @@ def _load_columns(x_ptr, order_ptr, at, inside, K, PAIRS: gl.constexpr):
         else:
             halves = ()
             for i in gl.static_range(2):
-                offs = first + i
-                present = inside
-                if order_ptr is not None:
-                    offs = gl.load(order_ptr + offs, mask=inside, other=-1)
-                    present = offs >= 0
-                half = gl.load(x_ptr + offs, mask=present & (offs < K), other=0.0)
+                half = gl.load(x_ptr + (first + i), mask=inside & (first + i < K), other=0.0)
                 halves = halves + (half.to(gl.int16, bitcast=True).to(gl.int32),)
             pair = halves[0] & 0xFFFF | halves[1] << 16
         words = words + (pair,)
@@ -167,7 +162,7 @@ def _digits_of(words, X: gl.constexpr):
 
 @gluon.jit
 def _write_digits(
-    digits, sums, x_ptr, order_ptr, first, end, K, stride_xm,
+    digits, sums, x_ptr, first, end, K, stride_xm,
     ROWS: gl.constexpr, PASSES: gl.constexpr, PASS: gl.constexpr, SUBGROUPS: gl.constexpr, PAIRS: gl.constexpr,
     X: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
 ):  # fmt: skip
@@ -188,7 +183,7 @@ def _write_digits(
                 inside = step + (p + i) * PASS < end
                 at = (step + (p + i) * PASS) * 128 + column
                 for m in gl.static_range(ROWS):
-                    x = x + (_load_columns(x_ptr + m * stride_xm, order_ptr, at, inside, K, PAIRS),)
+                    x = x + (_load_columns(x_ptr + m * stride_xm, at, inside, K, PAIRS),)
         for m in gl.static_range(ROWS):
             words, unit, total = _digits_of(x[p % AHEAD * ROWS + m], X)
             words = words.reshape((PASS, 2, 2, 4, 2, 2)).permute((0, 1, 5, 3, 2, 4)).reshape((PASS, 2, 1, 32))
@@ -219,7 +214,7 @@ def _subgroup(words, SUBGROUPS: gl.constexpr):
     do_not_specialize_on_alignment=["x_ptr", "bias_ptr"],
 )
 def decode_kernel(
-    x_ptr, order_ptr, digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
+    x_ptr, digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
     M, N, K, steps, strips, stride_xm, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
@@ -278,7 +273,7 @@ def decode_kernel(
     if OWN_ROWS:
         PASS: gl.constexpr = 2 * WARPS_N * WARPS_K
         _write_digits(
-            digits, sums, x_ptr, order_ptr, first, end, K, stride_xm,
+            digits, sums, x_ptr, first, end, K, stride_xm,
             OWN_ROWS, ROWS // PASS, PASS, SUBGROUPS, PAIRS, X, XL, TL,
         )  # fmt: skip
         barrier()
@@ -447,7 +442,7 @@ def constants(
 def prepare_decode(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
-    persistent: bool, pdl: bool, own_rows: int = 0, ordered: bool = False, aligned: bool = False,
+    persistent: bool, pdl: bool, own_rows: int = 0, aligned: bool = False,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -468,15 +463,13 @@ def prepare_decode(
         persistent: A program takes one tile after another.
         pdl: Programmatic dependent launch (sm_90 on).
         own_rows: M, at most one tile, if programs find the digits of x, else 0.
-        ordered: Whether there is an order (with own_rows).
         aligned: K is even, and rows of x start at multiples of 4 bytes (with own_rows).
 
     Returns:
-        ``launch(programs, split, stream, x, order, digits, sums, words, meta, bias, y, workspace, counters, M, N, K,
+        ``launch(programs, split, stream, x, digits, sums, words, meta, bias, y, workspace, counters, M, N, K,
         steps, all_strips, stride_xm, stride_ym)``, with ``programs = ceil(all_strips / (strips * warps_n))``:
 
-        - x: (M, K), unit stride along K, of dtype; None without own_rows, as order is.
-        - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.
+        - x: (M, K), unit stride along K, of dtype; None without own_rows.
         - digits, sums: as digits.py writes them; None with own_rows.
         - words: int32 (all_strips, steps, 64 * bits).
         - meta: int32 (groups, all_strips * 16), scales of 16 bits above zero points.
@@ -487,9 +480,9 @@ def prepare_decode(
     """
     names = constants(
         bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl,
-        own_rows, dtype == torch.bfloat16, aligned and not ordered,
+        own_rows, dtype == torch.bfloat16, aligned,
     )  # fmt: skip
-    rows = (dtype, torch.int32 if ordered else None, None, None) if own_rows else (None, None, torch.int32, torch.int32)
+    rows = (dtype, None, None) if own_rows else (None, torch.int32, torch.int32)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     pointers = (*rows, torch.int32, torch.int32, bias, dtype, *meeting)
     return prepare(decode_kernel, device, pointers, 7, names, num_warps=warps_n * warps_k, launch_pdl=pdl)

@@ -54,7 +54,7 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
         **tiles,
     )  # fmt: skip
     half = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
-    pointers = {"x_ptr": half if own else None, "order_ptr": "i32" if own and bias else None}
+    pointers: dict[str, str | None] = {"x_ptr": half if own else None}
     pointers |= dict.fromkeys(("digits_ptr", "sums_ptr"), None if own else "i32")
     pointers |= dict.fromkeys(("words_ptr", "meta_ptr"), "i32") | {
         "bias_ptr": half if bias else None,

@@ -6,7 +6,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .integer_ptx import digits_asm, largest_asm, load_asm, meta_asm, product_asm, registers_asm, shift, words
+from .integer_ptx import load_asm, meta_asm, product_asm, registers_asm, shift, words
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
@@ -57,20 +57,6 @@ class Text(Constants):
         }.items():
             setattr(self, name, gl.constexpr(asm))
             setattr(self, name + "_constraints", gl.constexpr(constraints))
-
-
-class Halves(Constants):
-    """PTX of x to digits, as one constexpr.
-
-    Args:
-        bf16: Whether x is bfloat16, not float16.
-    """
-
-    def __init__(self, bf16: bool) -> None:
-        self.key = (bf16,)
-        self.dtype = gl.bfloat16 if bf16 else gl.float16
-        self.largest, self.largest_constraints = map(gl.constexpr, largest_asm(bf16))
-        self.digits, self.digits_constraints = map(gl.constexpr, digits_asm(bf16))
 
 
 @gluon.jit

@@ -1,0 +1,111 @@
+"""x as integers, as digits.py makes them, found by the programs of decode.py themselves. Gluon, NVIDIA from sm_80 on.
+
+A lane has eight columns of a step, which are whole words of digits, and a warp two steps at a time; digits and sums go
+where decode.py would have copied them. Source: this project.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
+# (Gluon's own types are constexprs here and tensors there)
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .common import Constants
+from .digits import units
+from .integer_ptx import digits_asm, largest_asm
+
+
+class Halves(Constants):
+    """PTX of x to digits, as one constexpr.
+
+    Args:
+        bf16: Whether x is bfloat16, not float16.
+    """
+
+    def __init__(self, bf16: bool) -> None:
+        self.key = (bf16,)
+        self.dtype = gl.bfloat16 if bf16 else gl.float16
+        self.largest, self.largest_constraints = map(gl.constexpr, largest_asm(bf16))
+        self.digits, self.digits_constraints = map(gl.constexpr, digits_asm(bf16))
+
+
+@gluon.jit
+def _load_columns(x_ptr, at, inside, K, PAIRS: gl.constexpr):
+    """Columns at, at + 1, 8 more, and 16 more of the tiles, as words of two; PAIRS: two lie in one word of x."""
+    words = ()
+    for word in gl.static_range(4):
+        first = at + (word // 2 * 16 + word % 2 * 8)
+        if PAIRS:
+            ptrs = (x_ptr + first).to(gl.pointer_type(gl.int32), bitcast=True)
+            pair = gl.load(ptrs, mask=inside & (first < K), other=0)
+        else:
+            halves = ()
+            for i in gl.static_range(2):
+                half = gl.load(x_ptr + (first + i), mask=inside & (first + i < K), other=0.0)
+                halves = halves + (half.to(gl.int16, bitcast=True).to(gl.int32),)
+            pair = halves[0] & 0xFFFF | halves[1] << 16
+        words = words + (pair,)
+    return words
+
+
+@gluon.jit
+def _digits_of(words, X: gl.constexpr):
+    """Of rows and steps, [P, 16 lanes 4 s + t]: words of digits [P, 16, hb, digit], units [P], minus lanes' sums."""
+    largest = gl.inline_asm_elementwise(X.largest, X.largest_constraints, words, dtype=gl.int32, is_pure=True, pack=1)
+    largest = gl.max(largest, 1).to(gl.int16).to(X.dtype, bitcast=True).to(gl.float32)
+    per_unit, unit = units(largest.to(gl.int32, bitcast=True))
+    inputs = words + (gl.expand_dims(per_unit, 1).broadcast_to(words[0].shape),)
+    high0, high1, low0, low1, total = gl.inline_asm_elementwise(
+        X.digits, X.digits_constraints, inputs, dtype=(gl.int32,) * 5, is_pure=True, pack=1
+    )
+    return gl.join(gl.join(high0, high1), gl.join(low0, low1)), unit, total
+
+
+@gluon.jit
+def write_digits(
+    digits, sums, x_ptr, first, end, K, stride_xm,
+    ROWS: gl.constexpr, PASSES: gl.constexpr, PASS: gl.constexpr, SUBGROUPS: gl.constexpr, PAIRS: gl.constexpr,
+    X: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
+):  # fmt: skip
+    """What digits.py writes, of steps first ... end, for one tile of ROWS rows of x; PASS steps at a time."""
+    step = gl.expand_dims(gl.arange(0, PASS, gl.SliceLayout(1, XL)), 1) + first
+    lane = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, XL)), 0)  # 4 s + t
+    column = lane // 4 * 32 + lane % 4 * 2
+    # lane 4 n + t has the words (s, hb) of column n = 2 (SUBGROUPS m + u) + digit: [s // 2][m, u][digit, t, s % 2, hb]
+    digits = digits._reinterpret(gl.int32, [PASSES, PASS, 2, 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
+    # SUBGROUPS m + u: the unit and minus the sum of row m over subgroup u
+    sums = sums._reinterpret(gl.int32, [PASSES, PASS, 4, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    SL: gl.constexpr = gl.SliceLayout(2, TL)
+    AHEAD: gl.constexpr = max(1, 4 // ROWS)  # passes whose loads are in flight together
+    for p in gl.static_range(PASSES):
+        if p % AHEAD == 0:
+            x = ()
+            for i in gl.static_range(min(AHEAD, PASSES - p)):
+                inside = step + (p + i) * PASS < end
+                at = (step + (p + i) * PASS) * 128 + column
+                for m in gl.static_range(ROWS):
+                    x = x + (_load_columns(x_ptr + m * stride_xm, at, inside, K, PAIRS),)
+        for m in gl.static_range(ROWS):
+            words, unit, total = _digits_of(x[p % AHEAD * ROWS + m], X)
+            words = words.reshape((PASS, 2, 2, 4, 2, 2)).permute((0, 1, 5, 3, 2, 4)).reshape((PASS, 2, 1, 32))
+            for u in gl.static_range(SUBGROUPS):
+                own = words if SUBGROUPS == 1 else gl.where(_subgroup(words, SUBGROUPS) == u, words, 0)
+                digits.index(p).slice(SUBGROUPS * m + u, 1, dim=2).store(own)
+            total = gl.convert_layout(gl.sum(total.reshape((PASS, SUBGROUPS, 16 // SUBGROUPS)), 2), SL)
+            unit = gl.convert_layout(unit.to(gl.int32, bitcast=True), gl.SliceLayout(1, SL))
+            unit = gl.expand_dims(gl.expand_dims(unit, 1), 2)
+            which = gl.expand_dims(gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, TL))), 0), 0)
+            both = gl.where(which == 0, unit, gl.expand_dims(total, 2))
+            sums.index(p).slice(SUBGROUPS * m, SUBGROUPS, dim=1).store(both)
+
+
+@gluon.jit
+def _subgroup(words, SUBGROUPS: gl.constexpr):
+    """That of each of the words [PASS, s // 2, 1, (digit, t, s % 2, hb)], [1, 2, 1, 32]."""
+    WL: gl.constexpr = words.type.layout
+    half = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, WL))))
+    half = gl.expand_dims(gl.expand_dims(gl.expand_dims(half, 0), 2), 3)
+    rest = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, WL))))
+    rest = gl.expand_dims(gl.expand_dims(gl.expand_dims(rest, 0), 1), 2)
+    return (2 * half + rest // 2 % 2) * SUBGROUPS // 4

@@ -15,20 +15,22 @@ class Scratch:
     """Memory of a GPU that outlives a launch.
 
     Launches of one stream follow each other, so they share it. A captured launch may be replayed on any stream, beside
-    anything: it has scratch memory of its graph's and counters of its own for ever.
+    anything: it has scratch memory of its graph's and counters of its own for ever. While one is captured nothing that
+    lasts can be allocated, so these counters are set aside before, and again where a launch that is not captured finds
+    half of them taken.
     """
 
     COUNTERS = 1 << 14
     CAPTURED = 1 << 21
 
-    def __init__(self, device: int) -> None:
-        self.device = torch.device("cuda", device)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.words: dict[int, Tensor] = {}
         self.zeros: dict[int, Tensor] = {}
-        self.captured = torch.zeros(self.CAPTURED, dtype=torch.int32, device=self.device)
-        torch.cuda.current_stream(self.device).synchronize()
-        self.used = 0
+        self.captured: list[Tensor] = []
+        self.used = 0  # of the last of them
         self.lock = threading.Lock()
+        self._set_aside()
 
     def get(self, stream: int, words: int, counters: int) -> tuple[int, int]:
         """The addresses of `tensors`."""
@@ -42,7 +44,9 @@ class Scratch:
             if self.used + counters > self.CAPTURED:  # rare: zeroed by every replay
                 return memory, torch.zeros(counters, dtype=torch.int32, device=self.device)
             self.used += counters
-            return memory, self.captured[self.used - counters : self.used]
+            return memory, self.captured[-1][self.used - counters : self.used]
+        if 2 * self.used > self.CAPTURED:
+            self._set_aside()
         memory = self.words.get(stream)
         if memory is None or len(memory) < words:
             memory = self.words[stream] = self._lasting(torch.empty, words)
@@ -50,6 +54,11 @@ class Scratch:
         if zeros is None or len(zeros) < counters:
             zeros = self.zeros[stream] = self._lasting(torch.zeros, max(counters, self.COUNTERS))
         return memory, zeros
+
+    def _set_aside(self) -> None:
+        self.captured.append(self._lasting(torch.zeros, self.CAPTURED))
+        torch.cuda.current_stream(self.device).synchronize()
+        self.used = 0
 
     def _lasting(self, make: Callable[..., Tensor], length: int) -> Tensor:
         """Memory from the common pool, whichever pool this thread is told to take from.
@@ -69,4 +78,4 @@ class Scratch:
 @functools.cache
 def scratch_of(device: int) -> Scratch:
     """That of a GPU. The first call allocates what cannot be while a CUDA graph is captured."""
-    return Scratch(device)
+    return Scratch(torch.device("cuda", device))

@@ -18,6 +18,7 @@ from gptq_triton.hessian import Hessian
 from gptq_triton.layout import tile_weight
 from gptq_triton.linear import QuantLinear
 from gptq_triton.packing import PackedWeight
+from gptq_triton.scratch import scratch_of
 from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import BITS, QuantSpec
 from tests.strategies import (
@@ -379,6 +380,29 @@ def test_cuda_graph_replays_with_new_inputs(M):
         graph.replay()
         assert torch.equal(y, ops.matmul(x, tiled))
         assert torch.equal(dx, ops.matmul_transposed(y, tiled))
+
+
+@pytest.mark.parametrize("left", [0, 1 << 10])
+def test_graphs_have_counters_however_many_there_are(left):
+    """Without any left every replay zeroes them; a launch that is not captured has more set aside."""
+    scratch = scratch_of(0)
+    tiled = tile_weight(random_weight(8192, 128, 4, 128, device=DEVICE))
+    x = random_rows(16, 8192, torch.float16, device=DEVICE)
+    expected = ops.matmul(x, tiled)
+    scratch.used = scratch.CAPTURED - left
+    graphs, results = [], []
+    for _ in range(3):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            results.append(ops.matmul(x, tiled))
+        assert scratch.used <= scratch.CAPTURED
+        ops.matmul(x, tiled)
+        assert 0 <= 2 * scratch.used <= scratch.CAPTURED
+    for _ in range(2):
+        for graph, y in zip(graphs, results, strict=True):
+            y.zero_()
+            graph.replay()
+            assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("M", [1, 8, 16, 64, 300])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptq_triton.packing import PackedWeight, pack_weight, trivial_g_idx, unpack, unpack_zeros, words
 from gptq_triton.reference import dequantize
-from gptq_triton.solver import SolverOptions, _round_to_nearest
+from gptq_triton.solver import SolverOptions, round_to_nearest
 from gptq_triton.spec import QuantSpec
 
 SLAB = 4096  # columns dequantized to float64 at once; a multiple of 32, so that zero points split at words
@@ -27,7 +27,7 @@ def random_weight(case: Case, device: torch.device | str, seed: int = 0) -> Pack
         g_idx = g_idx[torch.randperm(K, generator=random, device=device)]
     by_group = g_idx.argsort(stable=True)
     columns = torch.randn(K, N, generator=random, device=device).div_(K**0.5)
-    found = _round_to_nearest(columns, torch.ones(K, device=device), spec, SolverOptions(scale_dtype=dtype))
+    found = round_to_nearest(columns, torch.ones(K, device=device), spec, SolverOptions(scale_dtype=dtype))
     order, codes = g_idx if case.act_order else None, found.codes[by_group.argsort()]
     return pack_weight(codes, found.scales, found.zeros, order, spec, "gptq_v2")
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -55,6 +56,7 @@ def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
     return min(candidates(problem), key=lambda plan: microseconds(problem, plan))
 
 
+@functools.lru_cache(1024)
 def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPlan | DequantizePlan:
     """The plan for ``dy @ W.T``.
 
@@ -89,9 +91,9 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
     few = most // 2
     if problem.takes_digits and rows <= most:
         yield from _decode(problem)
-        if rows > ROWS_OF_DECODE and problem.capability == 90:
+        if 2 * rows > ROWS_OF_DECODE and problem.capability == 90 and not many:
             yield from _wide(problem)
-    if problem.takes_large and rows > (few if many else most):
+    if problem.takes_large and rows > few:
         yield from _large(problem)
     if rows <= ROWS_OF_MATMUL and (not problem.takes_digits or rows > few):
         yield from _matmul(problem)
@@ -111,7 +113,8 @@ _DECODE = {
     ),
     4: dict.fromkeys((2, 3, 8), ((2, 1, 8, 2, 2),)) | {4: ((2, 1, 8, 2, 2), (1, 4, 4, 2, 4))},
 }
-_WIDE = {2: (8, 4, 8), 3: (8, 4, 8), 4: (8, 4, 8), 8: (16, 2, 4)}  # (warps, depth, chunk)
+# (warps, depth, chunk)
+_WIDE = dict.fromkeys((2, 3, 4), ((8, 4, 8), (4, 4, 4))) | {8: ((16, 2, 4), (16, 4, 4), (8, 2, 4), (8, 4, 8))}
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
     16: ((128, 4, 4, 128), (64, 4, 4, None)),
@@ -183,10 +186,10 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
-    warps, depth, chunk = _WIDE[problem.bits]
-    for split in _SPLITS:
-        if split <= problem.steps:
-            yield WidePlan(warps, depth, chunk, split)
+    for warps, depth, chunk in _WIDE[problem.bits]:
+        for split in _SPLITS:
+            if split <= problem.steps:
+                yield WidePlan(warps, depth, chunk, split)
 
 
 def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
@@ -203,24 +206,38 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
                 yield MatmulPlan(block_m, block_n, split, warps, stages, registers, ptx)
 
 
-# microseconds of a program for a step, by rows of x of a tile and multiplying groups, on an H200 at work for a while
-_LARGE_STEP = {(16, 4): 0.72, (32, 4): 0.75, (64, 4): 0.95, (64, 2): 0.51, (128, 2): 0.83, (256, 2): 1.6}
+# microseconds of a program for a step, by rows of x of a tile, multiplying groups, and programs of a multiprocessor, on
+# an H200 at work for a while
+_LARGE_STEP = {
+    (16, 2, 2): 0.57,
+    (16, 4, 1): 0.72,
+    (32, 2, 2): 0.66,
+    (32, 4, 1): 0.75,
+    (64, 2, 2): 0.95,
+    (64, 4, 1): 0.95,
+    (64, 2, 1): 0.51,
+    (128, 2, 1): 0.83,
+    (256, 2, 1): 1.6,
+}
 _APART = 1.04  # how much longer steps take of programs that are at several k at a time
 # bytes of x up to which programs that are at several k at a time find it in a cache
 _SHARED_X = 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
-    for block_m, groups in _LARGE_STEP:
+    for block_m, groups, resident in _LARGE_STEP:
         if block_m < min(problem.M, 256) / 3 or 16 < block_m >= 2 * problem.M:
             continue  # tiles that take turns, or are mostly empty
         rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * problem.subgroups)
-        stages = min(8, (_SHARED_MEMORY[90] * 1024 - 2048 - 2 * rows * block_m) // step)
+        stages = min(8, (_SHARED_MEMORY[90] * 1024 // resident - 2048 - 2 * rows * block_m) // step)
         if stages < 2:
             continue
-        plans = [LargePlan(block_m, groups, stages, split) for split in _SPLITS if split <= problem.steps]
-        if plans[0].tiles(problem) >= problem.multiprocessors and 256 * problem.M * problem.steps > _SHARED_X:
+        plans = [LargePlan(block_m, groups, stages, split, resident) for split in _SPLITS if split <= problem.steps]
+        if (
+            plans[0].tiles(problem) >= resident * problem.multiprocessors
+            and 256 * problem.M * problem.steps > _SHARED_X
+        ):
             plans = plans[:1]
         yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
@@ -289,14 +306,15 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
         filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent and not more else 0.4
         digits += _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):
-        resident, cycles = max(1, 16 // plan.warps), 230
+        resident, cycles = max(1, 16 // plan.warps), 230 if problem.M > 8 else 150
     else:
         resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m + 58 * more
         blocks_m, filling, digits = -(-problem.M // plan.block_m), 4.0, 0.0
     programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
     slots = resident * problem.multiprocessors
     waves = -(-programs // slots)
-    busiest = waves * slots / programs
+    at_once = slots if waves == 1 else problem.multiprocessors  # a slot that is free is taken at once
+    busiest = -(-programs // at_once) * at_once / programs
     work = problem.strips * problem.steps * busiest
     arrival = work * 256 * problem.bits / 4.3e6
     arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
@@ -307,7 +325,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     programs, streamed = plan.shares(problem)
     arrival = programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
-    step = max(_LARGE_STEP[plan.block_m, plan.groups], arrival)
+    step = max(_LARGE_STEP[plan.block_m, plan.groups, plan.resident], arrival)
     tiles = -(-(plan.tiles(problem) - streamed) // programs)
     steps = tiles * problem.steps + -(-streamed * problem.steps // programs)
     parts = max(2, -(-programs // streamed)) if streamed else 0  # of a tile

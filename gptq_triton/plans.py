@@ -65,6 +65,11 @@ class Problem:
         return 4 // self.subgroups
 
     @property
+    def rows_of_wide(self) -> int:
+        """Rows of x that a program of the wide kernel multiplies."""
+        return 8 if self.M <= 8 else 16
+
+    @property
     def capability(self) -> int:
         """NVIDIA's compute capability times ten; 0 for others."""
         return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
@@ -139,6 +144,7 @@ class LargePlan:
     groups: int
     stages: int
     split: int  # programs that share a tile of y, about and at most; 1: none do
+    resident: int = 1  # programs of a multiprocessor at a time
 
     @property
     def strips_of_program(self) -> int:
@@ -151,10 +157,10 @@ class LargePlan:
 
     def shares(self, problem: Problem) -> tuple[int, int]:
         """Programs, and the tiles of y that they share evenly; others are of one program."""
-        tiles = self.tiles(problem)
+        tiles, most = self.tiles(problem), self.resident * problem.multiprocessors
         if self.split == 1:
-            return min(problem.multiprocessors, tiles), 0
-        programs, streamed = shared_evenly(tiles, problem.multiprocessors)
+            return min(most, tiles), 0
+        programs, streamed = shared_evenly(tiles, most)
         programs = min(programs, tiles * self.split)
         return programs, streamed if programs != tiles else 0
 

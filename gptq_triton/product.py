@@ -184,7 +184,8 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     strips, steps, split = problem.strips, problem.steps, plan.split
     pdl = problem.capability >= 90
     wide = isinstance(plan, WidePlan)
-    chosen = asdict(plan)
+    rows = problem.rows_of_wide if wide else plan.tiles * problem.rows_of_tile
+    chosen = asdict(plan) | ({"rows": rows} if wide else {})
     chosen.pop("own_digits", None)
     multiply = (_kernels("wide").prepare_wide if wide else _kernels("decode").prepare_decode)(
         device,
@@ -200,17 +201,16 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         ordered=operands.ordered,
         subgroups=problem.subgroups,
         tiles=0 if wide else plan.tiles,
-        rows=16 if wide else 0,
+        rows=rows if wide else 0,
         pdl=pdl,
     )
     tiles = -(-strips // plan.strips_of_program)
     programs = tiles if wide else plan.programs(problem)
     # one piece of memory, in words: digits, sums, workspace
-    digit_words = steps * (16 * 64 if wide else plan.tiles * 256)
-    sum_words = steps * (16 * 2 if wide else plan.tiles * 8)
+    columns = rows * problem.subgroups
+    digit_words, sum_words = steps * columns * 64, steps * columns * 2
     words = digit_words + sum_words
     if split > 1:
-        rows = 16 if wide else plan.tiles * problem.rows_of_tile
         words += split * tiles * 16 * plan.strips_of_program * rows
     counters = tiles if split > 1 else 0
     no_x = () if wide else (None,)
@@ -281,6 +281,7 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
         block_m=plan.block_m,
         groups=plan.groups,
         stages=plan.stages,
+        resident=plan.resident,
         shares=streamed > 0,
         pdl=True,
     )

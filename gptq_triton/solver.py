@@ -196,7 +196,7 @@ def try_to_solve(
 
     def before() -> tuple[Rounded, Tensor, Tensor]:
         """The nearest codes, the energies of what is rounded and of their errors."""
-        nearest = _round_to_nearest(target, H.diagonal(), spec, options)
+        nearest = round_to_nearest(target, H.diagonal(), spec, options)
         return nearest, energies(target), energies(target - nearest.dequantize())
 
     aside, factor, loss = Aside(H.device, "nearest"), None, None
@@ -379,7 +379,8 @@ def _refined(
     )  # fmt: skip
 
 
-def _round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> Rounded:
+def round_to_nearest(columns: Tensor, cost: Tensor, spec: QuantSpec, options: SolverOptions) -> Rounded:
+    """Every number of columns (K, N) to the nearest code, with the grids that the options ask for; cost (K,) weighs."""
     K, N = columns.shape
     g_idx = trivial_g_idx(K, spec.group_size, columns.device).long()
     length = spec.rows_per_group(K)

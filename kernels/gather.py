@@ -18,21 +18,6 @@ WHOLE_ROW = 1 << 16  # bytes of the longest row that shared memory holds, on any
 PROGRAMS = 256  # that keep a GPU busy
 
 
-def numbers_of_row(K: int, size: int, whole_row: int = WHOLE_ROW) -> int:
-    """How many numbers of so many bytes, a power of two, a row of K takes in shared memory; 0 if it is too long."""
-    numbers = triton.next_power_of_2(K)
-    return numbers if numbers * size <= whole_row else 0
-
-
-@triton.jit
-def in_order(row_ptr, order, K, NUMBERS: tl.constexpr):
-    """Numbers of a row of K in an order (C,), by way of shared memory; 0 where the order is -1."""
-    offs_k = tl.arange(0, NUMBERS)
-    row = tl.load(row_ptr + offs_k, mask=offs_k < K, other=0)
-    values = tl.gather(row, tl.maximum(order, 0), 0)
-    return tl.where(order >= 0, values, tl.zeros_like(values))
-
-
 @triton.jit(
     do_not_specialize=["K", "C", "stride_xm", "stride_om"],
     do_not_specialize_on_alignment=["x_ptr", "order_ptr", "rows_ptr", "out_ptr"],
@@ -41,7 +26,7 @@ def gather_kernel(
     x_ptr, order_ptr, rows_ptr, out_ptr, K, C, stride_xm, stride_om,
     ALIGNED: tl.constexpr, PDL: tl.constexpr, NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C columns of a row of out a program."""
+    """BLOCK_C columns of a row of out a program; the row of x takes NUMBERS, a power of two, or is too long: 0."""
     if PDL:
         gdc_launch_dependents()  # the product, which waits for this kernel
     # Which columns are mine
@@ -62,7 +47,10 @@ def gather_kernel(
     if PDL:
         gdc_wait()
     if NUMBERS > 0:
-        values = in_order(x_ptr, order, K, NUMBERS)
+        offs_k = tl.arange(0, NUMBERS)
+        row = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0)
+        values = tl.gather(row, tl.maximum(order, 0), 0)
+        values = tl.where(order >= 0, values, tl.zeros_like(values))
     else:
         values = tl.load(x_ptr + order, mask=order >= 0, other=0)
 
@@ -84,7 +72,9 @@ def gather(
         whole_row: Bytes of the longest row that goes to shared memory.
     """
     (M, C), K = out.shape, x.shape[1]
-    numbers = numbers_of_row(K, x.element_size(), whole_row)
+    numbers = triton.next_power_of_2(K)
+    if numbers * x.element_size() > whole_row:
+        numbers = 0
     parts = max(1, min(8, PROGRAMS // M)) if numbers else 8
     block_c = triton.next_power_of_2(max(triton.cdiv(C, parts), min(C, 2048), 128))
     addresses = x.data_ptr() | order.data_ptr() | out.data_ptr()

@@ -48,6 +48,7 @@ from .warpgroups import (
     sums_layout,
 )
 
+REGISTERS = 80  # of a thread, before warps give and take, where two programs share a multiprocessor
 STRIPS = gl.constexpr(4)  # of a multiplying group: a warp each
 UNROLL = gl.constexpr(2)  # steps between two waits for all products; with more, code leaves the cache
 BAND = gl.constexpr(8)  # tiles of y along M that programs take before they go on along N
@@ -64,6 +65,7 @@ class Tiles(Constants):
         block_m: Rows of x of a tile: a power of two from 16 to 256.
         groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
         stages: Steps in the ring.
+        resident: Programs of a multiprocessor at a time: 1, or 2 of two groups and 64 rows of x at most.
         shares: Whether programs share tiles.
         bias: Whether there is one.
         pdl: Programmatic dependent launch.
@@ -71,11 +73,11 @@ class Tiles(Constants):
 
     def __init__(
         self, bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, groups: int, stages: int,
-        shares: bool, bias: bool, pdl: bool,
+        resident: int, shares: bool, bias: bool, pdl: bool,
     ) -> None:  # fmt: skip
         strips = STRIPS.value
         lanes, warps = bits_of(32), [[1, 0], [2, 0]]
-        self.key = (bits, bf16, scales_bf16, group_columns, block_m, groups, stages, shares, bias, pdl)
+        self.key = (bits, bf16, scales_bf16, group_columns, block_m, groups, stages, resident, shares, bias, pdl)
         asm, constraints, parts = scale_ptx(bf16, scales_bf16)
         texts = [weights_ptx(bits, bf16, quarter, parts) for quarter in range(4)]
         constants = {
@@ -88,7 +90,8 @@ class Tiles(Constants):
             "vectors": {8: 4, 4: 2, 2: 1, 3: 1}[bits],
             "group_steps": max(1, group_columns // 128), "subgroups": max(1, 128 // group_columns),
             "rows": 16 * strips * groups,
-            "registers": {2: 240 if block_m > 128 else 208, 4: 112}[groups],
+            "registers": 104 if resident == 2 else {2: 240 if block_m > 128 else 208, 4: 112}[groups],
+            "copying_registers": 32 if resident == 2 else {2: 40, 4: 24}[groups],
             "words_layout": linear([[0, 1], [0, 2]], [[0, 4 * b] for b in lanes], warps, [strips, 128]),
             "rest_layout": linear([[0, 1]], [[0, 2 * b] for b in lanes], warps, [strips, 64]),
             "meta_layout": linear(
@@ -380,7 +383,7 @@ def large_kernel(
             [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
              (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
              (_copy, (x, sources, ring, M, N, steps, streamed, C))],
-            [4, 1], [C.registers, 40],
+            [4, 1], [C.registers, C.copying_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -389,13 +392,13 @@ def large_kernel(
              (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
              (_multiply, (3, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
              (_copy, (x, sources, ring, M, N, steps, streamed, C))],
-            [4, 4, 4, 1], [C.registers, C.registers, C.registers, 24],
+            [4, 4, 4, 1], [C.registers, C.registers, C.registers, C.copying_registers],
         )  # fmt: skip
 
 
 def prepare_large(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
-    block_m: int, groups: int, stages: int, shares: bool, pdl: bool,
+    block_m: int, groups: int, stages: int, resident: int, shares: bool, pdl: bool,
 ) -> Callable[..., None]:  # fmt: skip
     """Compile for these constants.
 
@@ -409,6 +412,7 @@ def prepare_large(
         block_m: Rows of x of a tile: a power of two from 16 to 256.
         groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
         stages: Steps in the ring.
+        resident: Programs of a multiprocessor at a time: 1, or 2 of two groups and 64 rows of x at most.
         shares: Whether programs may share tiles of y.
         pdl: Programmatic dependent launch.
 
@@ -427,6 +431,7 @@ def prepare_large(
         block_m,
         groups,
         stages,
+        resident,
         shares,
         bias is not None,
         pdl,
@@ -441,7 +446,8 @@ def prepare_large(
         described(dtype, [block_m, 64], rows),
     ]
     meeting = (torch.float32, torch.int32) if shares else (None, None)
-    run = prepare(large_kernel, device, (*boxes, bias, *meeting), 4, {"C": C}, num_warps=4, launch_pdl=pdl)
+    options = {"num_warps": 4, "launch_pdl": pdl} | ({"maxnreg": REGISTERS} if resident == 2 else {})
+    run = prepare(large_kernel, device, (*boxes, bias, *meeting), 4, {"C": C}, **options)
 
     def launch(
         programs: int, streamed: int, stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor,

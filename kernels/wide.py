@@ -1,11 +1,12 @@
-"""``y = x @ W + bias`` for 9 to 16 rows of x: the decode kernel's arithmetic on warpgroup products. Gluon, sm_90.
+"""``y = x @ W + bias`` for 5 to 16 rows of x: the decode kernel's arithmetic on warpgroup products. Gluon, sm_90.
 
     y[m, n] = bias[n] + sum_g scales[g, n] * unit[m, g] * (sum_k codes[k, n] q[m, k] - zeros[g, n] sum_k q[m, k])
 
 As in decode.py, x comes as two signed digits (digits.py) and codes go from memory to registers, a mask for four codes.
-Here the registers are the A operand of ``wgmma.m64n32k32`` and the digits, which all warps share, its B operand in
-shared memory, so the product runs beside the masks and sums of other warps. A program owns 16 * WARPS rows of W and one
-of several ranges of k; partial sums meet in a workspace, where the last program to arrive adds them in a fixed order.
+Here the registers are the A operand of ``wgmma``, and the digits of 8 or 16 rows, which all warps share, are its B
+operand in shared memory, so the product runs beside the masks and sums of other warps. A program owns 16 * WARPS rows
+of W and one of several ranges of k; partial sums meet in a workspace, where the last program to arrive adds them in a
+fixed order.
 
 Dispatch picks it for M <= 16 where it beats decode.py, for scales of 16 bits. Source: this project.
 """
@@ -63,9 +64,9 @@ def _operand(r, S: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of_x(plane, ZL: gl.constexpr, P: gl.constexpr):
-    """A number for each row of x, [1, 16], to [1, 1, 4, 4, 1] where sums of these rows are."""
-    t = plane.load(ZL).reshape((4, 4))
+def _rows_of_x(plane, ROWS: gl.constexpr, ZL: gl.constexpr, P: gl.constexpr):
+    """A number for each row of x, [1, ROWS], to [1, 1, 4, ROWS // 4, 1] where sums of these rows are."""
+    t = plane.load(ZL).reshape((4, ROWS // 4))
     t = gl.convert_layout(t, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(4, P))), assert_trivial=True)
     return gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 0), 1), 4)
 
@@ -78,20 +79,22 @@ def _rows_of_w(v0, v1, P: gl.constexpr):
 
 
 @gluon.jit
-def _step(acc, q, meta, digits, sums, T: gl.constexpr, WARPS: gl.constexpr, ZL: gl.constexpr):
+def _step(
+    acc, q, meta, digits, sums, T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, ZL: gl.constexpr
+):  # fmt: skip
     """acc + scale * unit * ((code - zero) . q) over 128 columns: [strip, g, t, j, r8], row 4 j + t of x."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 32, 32])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * ROWS, 32])
     P: gl.constexpr = acc.type.layout
     a = _operand(unpack(q, T), WARPS, gl.DotOperandLayout(0, mma, 4))
-    zero = gl.zeros((16 * WARPS, 32), gl.int32, mma)
+    zero = gl.zeros((16 * WARPS, 2 * ROWS), gl.int32, mma)
     c = warpgroup_mma(a, digits.permute((1, 0)), zero, use_acc=False, is_async=True)
-    unit = _rows_of_x(sums.slice(0, 1, dim=0), ZL, P).to(gl.float32, bitcast=True)
+    unit = _rows_of_x(sums.slice(0, 1, dim=0), ROWS, ZL, P).to(gl.float32, bitcast=True)
     s0, s1, z0, z1 = scales_and_zeros(meta, T)
-    summed = _rows_of_x(sums.slice(1, 1, dim=0), ZL, P)
+    summed = _rows_of_x(sums.slice(1, 1, dim=0), ROWS, ZL, P)
     zeros = _rows_of_w(z0, z1, P)
     scales = _rows_of_w(s0, s1, P)
     c = warpgroup_mma_wait(0, deps=(c,))
-    high, low = gl.split(c.reshape((WARPS, 2, 8, 4, 4, 2)).permute((0, 2, 4, 3, 1, 5)))
+    high, low = gl.split(c.reshape((WARPS, 2, 8, ROWS // 4, 4, 2)).permute((0, 2, 4, 3, 1, 5)))
     high = gl.convert_layout(high, P, assert_trivial=True)
     low = gl.convert_layout(low, P, assert_trivial=True)
     return acc + (high * 256 + low + zeros * summed).to(gl.float32) * (scales * unit)
@@ -104,14 +107,14 @@ def _step(acc, q, meta, digits, sums, T: gl.constexpr, WARPS: gl.constexpr, ZL: 
 def wide_kernel(
     digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
     M, N, steps, strips, stride_ym,
-    T: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr,
-    GROUP_STEPS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr, ML: gl.constexpr,
+    T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr,
+    SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr, ML: gl.constexpr,
     ZL: gl.constexpr, CL: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program."""
     STEP_WORDS: gl.constexpr = 64 * T.bits
-    DIGITS: gl.constexpr = 64 * 16  # words of a step
-    WIDTH: gl.constexpr = 2 * 16
+    DIGITS: gl.constexpr = 64 * ROWS  # words of a step
+    WIDTH: gl.constexpr = 2 * ROWS
 
     # Which tile is mine: strips WARPS * pid_n ..., steps lo ... hi
     pid_n = gl.program_id(0)
@@ -132,10 +135,10 @@ def wide_kernel(
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, CL))
     digit_offs = gl.expand_dims(row, 1) * DIGITS + gl.expand_dims(gl.arange(0, DIGITS, gl.SliceLayout(0, CL)), 0)
     sum_offs = gl.expand_dims(row, 1) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CL)), 0)
-    ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    digits = gl.allocate_shared_memory(gl.int8, [2 * CHUNK, 32, 128], ROWS)
-    sums = gl.allocate_shared_memory(gl.int32, [2 * CHUNK, 2, 16], FLAT)
+    digits = gl.allocate_shared_memory(gl.int8, [2 * CHUNK, 2 * ROWS, 128], SWIZZLED)
+    sums = gl.allocate_shared_memory(gl.int32, [2 * CHUNK, 2, ROWS], FLAT)
     digit_chunks = digits._reinterpret(gl.int32, [2, CHUNK, DIGITS], FLAT)
     sum_chunks = sums._reinterpret(gl.int32, [2, CHUNK, WIDTH], FLAT)
     q = ()
@@ -152,7 +155,7 @@ def wide_kernel(
     async_copy.async_copy_global_to_shared(digit_chunks.index(0), digits_ptr + lo * DIGITS + digit_offs, mask=present)
     async_copy.async_copy_global_to_shared(sum_chunks.index(0), sums_ptr + lo * WIDTH + sum_offs, mask=present)
     async_copy.commit_group()
-    acc = gl.zeros((WARPS, 8, 4, 4, 2), gl.float32, P)
+    acc = gl.zeros((WARPS, 8, 4, ROWS // 4, 2), gl.float32, P)
 
     # The loop over k: chunks of digits, steps
     side = 0
@@ -176,7 +179,7 @@ def wide_kernel(
             for d in gl.static_range(DEPTH):
                 if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
                     stage = side * CHUNK + i + d
-                    acc = _step(acc, q[d], meta[d], digits.index(stage), sums.index(stage), T, WARPS, ZL)
+                    acc = _step(acc, q[d], meta[d], digits.index(stage), sums.index(stage), T, ROWS, WARPS, ZL)
                 q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
                 meta = meta[:d] + (load_meta(m_ptrs, gl.minimum(step, last) // GROUP_STEPS, strips),) + meta[d + 1 :]
                 step += 1
@@ -189,14 +192,16 @@ def wide_kernel(
     in_s = _along(gl.arange(0, WARPS, gl.SliceLayout(1, OUT)), 0)
     in_g = _along(gl.arange(0, 8, gl.SliceLayout(0, OUT)), 1)
     in_t = _along(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, P))))), 2)
-    in_j = _along(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, P))))), 3)
+    in_j = _along(
+        gl.arange(0, ROWS // 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, P))))), 3
+    )
     in_r = _along(gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, P))))), 4)
     offs_n = (pid_n * WARPS + in_s) * 16 + 8 * in_r + in_g + 0 * (in_t + in_j)
     offs_m = 4 * in_j + in_t + 0 * offs_n
     mine = True
     y = acc
     if SPLITS:
-        PARTIAL: gl.constexpr = 256 * WARPS
+        PARTIAL: gl.constexpr = 16 * ROWS * WARPS
         part_ptrs = workspace_ptr + pid_n * PARTIAL + ((in_j * 2 + in_r) * WARPS + in_s) * 32 + in_g * 4 + in_t
         stride_part = gl.num_programs(0) * PARTIAL
         gl.store(part_ptrs + pid_k * stride_part, acc)
@@ -217,29 +222,32 @@ def wide_kernel(
 
 @functools.cache
 def constants(
-    bits: int, scales_bf16: bool, warps: int, depth: int, chunk: int, splits: bool, group_columns: int, pdl: bool
-) -> dict:
+    bits: int, scales_bf16: bool, rows: int, warps: int, depth: int, chunk: int, splits: bool, group_columns: int,
+    pdl: bool,
+) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
-    t, g, lanes, strips = bits_of(4), bits_of(8), bits_of(32), bits_of(warps)
+    t, j, g, lanes, strips = bits_of(4), bits_of(rows // 4), bits_of(8), bits_of(32), bits_of(warps)
     return {
-        "T": Text(bits, scales_bf16, warpgroup=True), "WARPS": warps, "DEPTH": depth,
+        "T": Text(bits, scales_bf16, warpgroup=True), "ROWS": rows, "WARPS": warps, "DEPTH": depth,
         "CHUNK": chunk, "SPLITS": splits,
         "GROUP_STEPS": group_columns // 128, "PDL": pdl,
         "L": linear([[0, 0, 1], [0, 0, 2]], [[0, b, 0] for b in lanes], [[w, 0, 0] for w in strips], [warps, 32, 4]),
         "ML": linear([], [[0, 0]] * 2 + [[0, b] for b in g], [[w, 0] for w in strips], [warps, 8]),
-        "ZL": linear([[0, 1], [0, 2]], [[0, 4 * b] for b in t] + [[0, 0]] * 3, [[0, 0] for _ in strips], [1, 16]),
+        "ZL": linear(
+            [[0, b] for b in j], [[0, rows // 4 * b] for b in t] + [[0, 0]] * 3, [[0, 0] for _ in strips], [1, rows]
+        ),
         "CL": gl.BlockedLayout([1, 4], [1, 32], [1, warps], [1, 0]),
         "P": linear(
-            [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 2, 0]],
+            [[0, 0, 0, 0, 1]] + [[0, 0, 0, b, 0] for b in j],
             [[0, 0, b, 0, 0] for b in t] + [[0, b, 0, 0, 0] for b in g],
-            [[w, 0, 0, 0, 0] for w in strips], [warps, 8, 4, 4, 2],
+            [[w, 0, 0, 0, 0] for w in strips], [warps, 8, 4, rows // 4, 2],
         ),
     }  # fmt: skip
 
 
 def prepare_wide(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
-    warps: int, depth: int, chunk: int, split: int, pdl: bool,
+    rows: int, warps: int, depth: int, chunk: int, split: int, pdl: bool,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -250,6 +258,7 @@ def prepare_wide(
         bits: 2, 3, 4 or 8.
         scales_bf16: Whether scales are bfloat16, not float16.
         group_columns: Columns that share a scale: a multiple of 128.
+        rows: Of x, at most: 8 or 16.
         warps: Of a program, each with a strip of 16 rows of W: 4, 8 or 16.
         depth: Steps of words in flight.
         chunk: Steps of digits staged at a time, a multiple of depth.
@@ -259,9 +268,10 @@ def prepare_wide(
     Returns:
         ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps,
         all_strips, stride_ym)``, with ``programs = ceil(all_strips / warps)``; tensors as
-        `decode.prepare_decode` says, M at most 16, the workspace of split * programs * 256 * warps elements.
+        `decode.prepare_decode` says, M at most ``rows``, the workspace of split * programs * 16 * warps * rows
+        elements.
     """
-    names = constants(bits, scales_bf16, warps, depth, chunk, split > 1, group_columns, pdl)
+    names = constants(bits, scales_bf16, rows, warps, depth, chunk, split > 1, group_columns, pdl)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     pointers = (*[torch.int32] * 4, bias, dtype, *meeting)
     return prepare(wide_kernel, device, pointers, 5, names, num_warps=warps, launch_pdl=pdl)

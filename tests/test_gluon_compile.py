@@ -48,6 +48,8 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     own = tiles.pop("own_digits", False)
     if own:
         tiles |= {"own_rows": problem.M, "bf16": problem.dtype == torch.bfloat16, "pairs": not bias}
+    if module is wide:
+        tiles["rows"] = problem.rows_of_wide
     pdl = problem.capability >= 90
     constants = module.constants(
         problem.bits, problem.dtype == torch.bfloat16, splits=splits, group_columns=problem.group_columns, pdl=pdl,
@@ -109,7 +111,7 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
         if isinstance(plan, DecodePlan):
             assert "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32" in ptx
         else:
-            assert "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8" in ptx
+            assert f"wgmma.mma_async.sync.aligned.m64n{2 * problem.rows_of_wide}k32.s32.s8.s8" in ptx
             # one fence a chunk of digits, none a step: a fence waits for the words that are on their way
             assert ptx.count("fence.proxy.async") == 2
 
@@ -175,7 +177,7 @@ def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias
     bf16 = problem.dtype == torch.bfloat16
     tiles = large.Tiles(
         problem.bits, bf16, scales_bf16, problem.group_columns, plan.block_m, plan.groups, plan.stages,
-        plan.split > 1, bias, True,
+        plan.resident, plan.split > 1, bias, True,
     )  # fmt: skip
     half, rows, flat = "bf16" if bf16 else "fp16", large.ROWS_LAYOUT.value, large.FLAT_LAYOUT.value
     strips, subgroups = plan.strips_of_program, max(1, 128 // problem.group_columns)
@@ -190,7 +192,8 @@ def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias
         "counters_ptr": "i32" if plan.split > 1 else None,
     }
     integers = ("M", "N", "steps", "streamed")
-    return compiled(large.large_kernel, pointers, integers, {"C": tiles}, "sm_90", num_warps=4)
+    options = {"maxnreg": large.REGISTERS} if plan.resident == 2 else {}
+    return compiled(large.large_kernel, pointers, integers, {"C": tiles}, "sm_90", num_warps=4, **options)
 
 
 def large_cases():
@@ -207,7 +210,9 @@ def large_cases():
     ("problem", "scales_bf16"), [pytest.param(*case, id=str(i)) for i, case in enumerate(large_cases())]
 )
 def test_large_plans_compile_and_fit(problem, scales_bf16, tmp_path):
-    plans = {(p.block_m, p.groups): p for p in candidates(problem) if isinstance(p, LargePlan) and p.split <= 2}
+    plans = {
+        (p.block_m, p.groups, p.resident): p for p in candidates(problem) if isinstance(p, LargePlan) and p.split <= 2
+    }
     assert plans
     for i, plan in enumerate(plans.values()):
         plan = replace(plan, split=1 + i % 2)
@@ -216,7 +221,8 @@ def test_large_plans_compile_and_fit(problem, scales_bf16, tmp_path):
         report = ptxas_report(binary, tmp_path)
         spilled = re.search(r"(\d+) bytes spill stores", report)
         assert spilled
-        assert int(spilled[1]) <= 16, (plan, report)
+        # two programs on a multiprocessor have half of its registers each: a few wait in memory once every two steps
+        assert int(spilled[1]) <= (64 if plan.resident == 2 else 16), (plan, report)
         assert "C75" not in report, report  # wgmma serialized
         # a quarter of a step is two products; a group has code for one step, for two, and half for what sets it apart
         steps = 3 * plan.groups + plan.groups // 2

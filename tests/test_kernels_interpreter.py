@@ -20,7 +20,7 @@ from gptq_triton.hessian import Hessian, factorize
 from gptq_triton.layout import TiledWeight, tile_weight
 from gptq_triton.quantizer import encode, mse_shares
 from gptq_triton.refinement import Members, Metric, Rounded, kept_shares, losses, refit_scales
-from gptq_triton.solver import SolverOptions, _order, _round_to_nearest
+from gptq_triton.solver import SolverOptions, _order, round_to_nearest
 from gptq_triton.spec import BITS, QuantSpec
 from gptq_triton.walk import find_groups, walk
 from tests.strategies import (
@@ -327,7 +327,7 @@ def layer_problem(K, N, spec, options, seed):
     original = torch.randn(K, N, generator=generator(seed + 3))
     order, g_idx = _order(hessian.sum.diagonal(), spec, options)
     factor, _ = factorize(hessian.sum, order, options.damp)
-    nearest = _round_to_nearest(original, torch.ones(len(original)), spec, options)
+    nearest = round_to_nearest(original, torch.ones(len(original)), spec, options)
     return original[order], factor, order, replace(nearest, g_idx=g_idx), spec, options
 
 

@@ -251,7 +251,7 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order):
         memory, tiles = gpu.scratch.memory, math.ceil(34 / plan.strips_of_program)
         begin, end = memory.data_ptr(), memory.data_ptr() + 4 * memory.numel()
         subgroups = 128 // group_size
-        rows = 16 if isinstance(plan, WidePlan) else 4 // subgroups * plan.tiles
+        rows = 8 * math.ceil(M / 8) if isinstance(plan, WidePlan) else 4 // subgroups * plan.tiles
         columns = 2 * (rows if isinstance(plan, WidePlan) else 4 * plan.tiles)  # of digits
         assert kind == ("wide" if isinstance(plan, WidePlan) else "decode")
         assert taken["subgroups"] == subgroups

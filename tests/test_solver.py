@@ -11,7 +11,7 @@ from torch import nn
 from gptq_triton.hessian import Hessian, factorize
 from gptq_triton.packing import trivial_g_idx, unpack, unpack_zeros
 from gptq_triton.reference import dequantize
-from gptq_triton.solver import GPTQ, SolverOptions, _order, _round_to_nearest, solve
+from gptq_triton.solver import GPTQ, SolverOptions, _order, round_to_nearest, solve
 from gptq_triton.spec import QuantSpec
 from gptq_triton.walk import Cuts, _blocks, _inverses, cut, find_groups
 
@@ -96,7 +96,7 @@ def test_rounding_to_nearest_finds_each_group_by_itself(K, group, sym, mse):
     spec, options = QuantSpec(3, group, sym), SolverOptions(mse=mse)
     columns = torch.randn(K, 5, generator=torch.Generator().manual_seed(K))
     cost = torch.ones(K)
-    nearest = _round_to_nearest(columns, cost, spec, options)
+    nearest = round_to_nearest(columns, cost, spec, options)
     size = spec.rows_per_group(K)
     scales, zeros = torch.empty_like(nearest.scales), torch.empty_like(nearest.zeros)
     for group, rows in enumerate(columns.split(size)):

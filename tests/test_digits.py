@@ -25,10 +25,10 @@ def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool)
     from gptq_triton.kernels.digits import digits_kernel
 
     M, K = x.shape
-    rows, row_columns = 16 if wide else 0, 2 * subgroups
+    rows, row_columns = 8 * -(-M // 8) if wide else 0, 2 * subgroups
     tiles = 0 if wide else -(-M * subgroups // 4)
-    digits = torch.full((steps, 16, 64) if wide else (steps, tiles, 256), -1, dtype=torch.int32)
-    sums = torch.full((steps, 2, 16) if wide else (steps, tiles, 4, 2), -1, dtype=torch.int32)
+    digits = torch.full((steps, rows, 64) if wide else (steps, tiles, 256), -1, dtype=torch.int32)
+    sums = torch.full((steps, 2, rows) if wide else (steps, tiles, 4, 2), -1, dtype=torch.int32)
     digits_kernel[(steps, M)](
         x, order, digits, sums, K, x.stride(0), TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, PDL=False,
     )  # fmt: skip
@@ -43,7 +43,7 @@ def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool)
                     for n in range(row_columns * m, row_columns * (m + 1)):
                         if wide:
                             piece = (2 * s + hb) ^ n % 8
-                            four = stored.view(steps, 32, 8, 4, 4)[:, n, piece, t]
+                            four = stored.view(steps, 2 * rows, 8, 4, 4)[:, n, piece, t]
                         else:
                             lane = 4 * (n % 8) + t
                             four = stored.view(steps, tiles, 2, 32, 2, 2, 4)[:, n // 8, s // 2, lane, s % 2, hb]
@@ -54,7 +54,7 @@ def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool)
                     for i, column in enumerate((0, 8, 1, 9)):
                         integers[m, :, 32 * s + 16 * hb + 2 * t + column] = 256 * pair[0][:, i] + pair[1][:, i]
         if wide:
-            place = m % 4 * 4 + m // 4
+            place = m % 4 * (rows // 4) + m // 4
             row = sums[:, None, :, place]
         else:
             place = subgroups * m % 4

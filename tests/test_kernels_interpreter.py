@@ -22,7 +22,7 @@ from gptq_triton.quantizer import encode, mse_shares
 from gptq_triton.refinement import Members, Metric, Rounded, kept_shares, losses, refit_scales
 from gptq_triton.solver import SolverOptions, _order, round_to_nearest
 from gptq_triton.spec import BITS, QuantSpec
-from gptq_triton.walk import find_groups, walk
+from gptq_triton.walk import find_groups, stored, walk
 from tests.strategies import (
     assert_close,
     exact_rows,
@@ -271,28 +271,31 @@ def test_clip_finds_the_best_candidate(bits, sym, K, length, N, scale_dtype, mse
     keep = (mse_shares if mse else kept_shares)(torch.device("cpu"))
     how = {"power": 2.4, "stored": False} if mse else {}
     groups = -(-K // length)
-    scales, zeros = torch.empty(groups, N, dtype=scale_dtype), torch.empty(groups, N)
+
+    def clipped(dtype):
+        scales, zeros = torch.empty(groups, N, dtype=dtype), torch.empty(groups, N)
+        clip(guarded(columns), guarded(cost), keep, scales, zeros, length=length, maxq=spec.maxq, sym=sym, **how)
+        return scales, zeros
+
+    if mse and scale_dtype != torch.float32:  # chosen as if they were not rounded, and rounded then
+        narrow, (wide, same_zeros) = clipped(scale_dtype), clipped(torch.float32)
+        assert torch.equal(narrow[0], stored(wide, scale_dtype))
+        assert torch.equal(narrow[1], same_zeros)
+        scale_dtype, options = torch.float32, replace(options, scale_dtype=torch.float32)
+    scales, zeros = clipped(scale_dtype)
     expected = torch.empty_like(scales), torch.empty_like(zeros)
-    clip(guarded(columns), guarded(cost), keep, scales, zeros, length=length, maxq=spec.maxq, sym=sym, **how)
     find_groups(columns, cost, length, spec, options, *expected)
     same = (scales == expected[0]) & (zeros == expected[1])
     if min(K, length) >= 32 and same.numel() >= 20:  # of few columns candidates are often equally good
         assert same.float().mean() > 0.9  # the others are nearly as good
 
-    power = 2.4 if mse else 2
-
-    def norm(miss):
-        """Of each group, as the power weighs it."""
-        parts = (cost[:, None].double() * miss.abs().pow(power)).split(length)
-        return torch.stack([part.sum(0) for part in parts]).pow(1 / power)
-
-    def left(scales, zeros):
+    def loss(scales, zeros):
         s, z = (t.double().repeat_interleave(length, 0)[:K] for t in (scales, zeros))
-        return norm(columns.double() - (encode(columns, s.float(), z.float(), spec.maxq) - z) * s)
+        q = (encode(columns, s.float(), z.float(), spec.maxq) - z) * s
+        miss = cost[:, None].double() * (columns.double() - q).abs().pow(2.4 if mse else 2)
+        return torch.stack([part.sum(0) for part in miss.split(length)])
 
-    # scales that are rounded when they are chosen move values, at most twice the columns', by half an eps, both of them
-    rounding = 2 * torch.finfo(scale_dtype).eps * norm(columns.double()) if mse else 0
-    assert bool((left(scales, zeros) <= left(*expected) * (1 + 1e-4) + rounding + 1e-6).all())
+    assert bool((loss(scales, zeros) <= loss(*expected) * (1 + 1e-4) + 1e-12).all())
 
 
 @settings(deadline=None, max_examples=12)

@@ -52,7 +52,8 @@ def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
         most = replace(problem, M=rows_of_decode(problem.group_columns))
         plans = _decode(most) if most.takes_digits else _matmul(most)
         plan = min(plans, key=lambda plan: microseconds(most, plan))
-        return replace(plan, tiles=1) if isinstance(plan, DecodePlan) and problem.rows_of_tile >= problem.M else plan
+        fits = isinstance(plan, DecodePlan) and plan.rows_of_tile(problem) >= problem.M
+        return replace(plan, tiles=1) if fits else plan
     return min(candidates(problem), key=lambda plan: microseconds(problem, plan))
 
 
@@ -86,7 +87,7 @@ def _dequantize(problem: Problem) -> DequantizePlan:
 
 def candidates(problem: Problem) -> Iterator[FusedPlan]:
     """Every plan worth timing."""
-    rows, many = problem.M, problem.subgroups > 1  # digits take more tiles for more groups, floats only more scales
+    rows, many = problem.M, problem.subgroups > 1  # digits take more products for more groups, floats only more scales
     most = ROWS_OF_DIGITS // problem.subgroups
     few = most // 2
     if problem.takes_digits and rows <= most:
@@ -135,15 +136,23 @@ def rows_of_decode(group_columns: int) -> int:
 
 
 def _decode(problem: Problem) -> Iterator[DecodePlan]:
-    tiles = next(tiles for tiles in _DECODE if tiles * problem.rows_of_tile >= problem.M)
+    yield from _decode_tiles(problem, in_turn=False)
+    if problem.subgroups > 1 and 4 // problem.subgroups < problem.M:
+        yield from _decode_tiles(problem, in_turn=True)
+
+
+def _decode_tiles(problem: Problem, *, in_turn: bool) -> Iterator[DecodePlan]:
+    turns = problem.subgroups if in_turn else 1
+    rows = 4 * turns // problem.subgroups
+    tiles = next(tiles for tiles in _DECODE if tiles * rows >= problem.M)
     for strips, warps_n, warps_k, depth, chunk in _DECODE[tiles][problem.bits]:
-        step = tiles * _STEP_BYTES
+        step = tiles * (1024 + 32 * turns)
         room = _room(problem, tiles * strips * warps_n * warps_k)
         while chunk > 1 and 2 * chunk * warps_k * step > room:
             chunk //= 2
         rounds = -(-problem.steps // warps_k)
         plans = [
-            DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, split)
+            DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, split, in_turn=in_turn)
             for split in _SPLITS
             if split <= rounds
         ]
@@ -151,7 +160,7 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
         if one_by_one.programs(problem) < -(-problem.strips // one_by_one.strips_of_program):
             plans.append(one_by_one)
         yield from plans
-        if tiles == 1:
+        if tiles == 1 and not in_turn:
             own = (with_own_digits(problem, replace(plan, depth=depth)) for plan in plans)
             yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 0.9)
 
@@ -161,7 +170,7 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
     rounds = math.ceil(math.ceil(problem.steps / plan.warps_k) / plan.split)
     chunk = math.ceil(rounds / (2 * plan.warps_n)) * 2 * plan.warps_n  # whole passes of two steps a warp
     room = _room(problem, plan.strips * plan.warps_n * plan.warps_k)
-    if problem.rows_of_tile < problem.M or chunk * plan.warps_k * _STEP_BYTES > room:
+    if plan.rows_of_tile(problem) < problem.M or chunk * plan.warps_k * _STEP_BYTES > room:
         return None
     return replace(plan, chunk=chunk, own_digits=True)
 
@@ -169,12 +178,6 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
 def _room(problem: Problem, partial_sums: int) -> int:
     """Bytes of shared memory for digits, beside partial sums of so many strips for four rows of x at most."""
     return _SHARED_MEMORY.get(problem.capability, 99) * 1024 - 256 * partial_sums
-
-
-def alone_or_not(problem: Problem, plan: DecodePlan) -> DecodePlan:
-    """A plan measured for more rows of x, with digits where they take less time for as many as there are."""
-    own = with_own_digits(problem, plan) if plan.tiles == 1 else None
-    return own if own is not None and _own_digits(problem, own) < 0 else plan
 
 
 def _own_digits(problem: Problem, plan: DecodePlan) -> float:
@@ -302,7 +305,8 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     digits = 0.8 + 0.0005 * problem.M * problem.steps  # by a launch before
     if isinstance(plan, DecodePlan):
         resident = max(1, 16 // (plan.warps_n * plan.warps_k))
-        cycles = (60 + 65 * plan.tiles) * (1.3 if more else 1)
+        each = 65 * plan.tiles + 60
+        cycles = each + 30 * plan.tiles * more if plan.in_turn else each * (1.3 if more else 1)
         filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent and not more else 0.4
         digits += _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):

@@ -60,11 +60,6 @@ class Problem:
         return groups_of_step(self.group_columns)
 
     @property
-    def rows_of_tile(self) -> int:
-        """Rows of x in a tile of the decode kernel: its eight columns are two digits for each row and subgroup."""
-        return 4 // self.subgroups
-
-    @property
     def rows_of_wide(self) -> int:
         """Rows of x that a program of the wide kernel multiplies."""
         return 8 if self.M <= 8 else 16
@@ -88,11 +83,20 @@ class DecodePlan:
     split: int
     persistent: bool = False
     own_digits: bool = False  # programs find the digits of x themselves; chunk is all of a program's rounds
+    in_turn: bool = False  # groups of a step have products of their own, not columns: a tile keeps its four rows
 
     @property
     def strips_of_program(self) -> int:
         """Strips that a program owns at a time."""
         return self.strips * self.warps_n
+
+    def turns(self, problem: Problem) -> int:
+        """Groups of a step that have products of their own."""
+        return problem.subgroups if self.in_turn else 1
+
+    def rows_of_tile(self, problem: Problem) -> int:
+        """Rows of x in a tile, whose eight columns are two digits for each row, and each group unless in turn."""
+        return 4 * self.turns(problem) // problem.subgroups
 
     def programs(self, problem: Problem) -> int:
         """Over the strips: one for each tile, or as few as are as fast when each takes one tile after another."""

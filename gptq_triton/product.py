@@ -150,7 +150,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
     M, K, N, split = problem.M, operands.K, operands.N, plan.split
     strips, steps, programs = problem.strips, problem.steps, plan.programs(problem)
     tiles = asdict(plan)
-    del tiles["own_digits"]
+    del tiles["own_digits"], tiles["in_turn"]
     multiply = _kernels("decode").prepare_decode(
         device,
         problem.dtype,
@@ -162,7 +162,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         **tiles,
     )
     counters = -(-strips // plan.strips_of_program)  # of tiles
-    words = split * counters * 16 * plan.strips_of_program * problem.rows_of_tile
+    words = split * counters * 16 * plan.strips_of_program * plan.rows_of_tile(problem)
     scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -184,7 +184,9 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     strips, steps, split = problem.strips, problem.steps, plan.split
     pdl = problem.capability >= 90
     wide = isinstance(plan, WidePlan)
-    rows = problem.rows_of_wide if wide else plan.tiles * problem.rows_of_tile
+    rows = problem.rows_of_wide if wide else plan.tiles * plan.rows_of_tile(problem)
+    turns = 1 if wide else plan.turns(problem)
+    subgroups = problem.subgroups // turns
     chosen = asdict(plan) | ({"rows": rows} if wide else {})
     chosen.pop("own_digits", None)
     multiply = (_kernels("wide").prepare_wide if wide else _kernels("decode").prepare_decode)(
@@ -199,7 +201,8 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         device,
         problem.dtype,
         ordered=operands.ordered,
-        subgroups=problem.subgroups,
+        subgroups=subgroups,
+        turns=turns,
         tiles=0 if wide else plan.tiles,
         rows=rows if wide else 0,
         pdl=pdl,
@@ -207,8 +210,8 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     tiles = -(-strips // plan.strips_of_program)
     programs = tiles if wide else plan.programs(problem)
     # one piece of memory, in words: digits, sums, workspace
-    columns = rows * problem.subgroups
-    digit_words, sum_words = steps * columns * 64, steps * columns * 2
+    columns = rows * subgroups
+    digit_words, sum_words = steps * columns * 64, steps * columns * 2 * turns
     words = digit_words + sum_words
     if split > 1:
         words += split * tiles * 16 * plan.strips_of_program * rows

@@ -11,13 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 from .atomic import atomic_write
-from .dispatch import alone_or_not
 from .plans import DecodePlan, FusedPlan, LargePlan, MatmulPlan, Problem, WidePlan
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)  # rows of x that share a plan, up to
@@ -34,13 +33,8 @@ def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
     """The measured plan for a case on a GPU, or None: the user's own before the shipped one."""
     if BUCKETS[-1] < problem.M or not problem.takes_digits:
         return None
-    table = _table(gpu)
-    found = table.get(case(problem))
+    found = _table(gpu).get(case(problem))
     plan = None if found is None else plan_from(found)
-    if plan is None and problem.M <= 2 and (found := table.get(case(replace(problem, M=4)))) is not None:
-        plan = plan_from(found)
-        if problem.M == 1 and isinstance(plan, DecodePlan):
-            plan = alone_or_not(problem, plan)
     return None if isinstance(plan, LargePlan) and not problem.takes_large else plan
 
 

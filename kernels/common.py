@@ -38,10 +38,11 @@ class Text(Constants):
         bits: 2, 3, 4 or 8.
         scales_bf16: Whether scales are bfloat16, not float16.
         warpgroup: For products of warpgroups, whose operands are tensors of signed bytes, words four to an element.
+        turns: Groups of a step that a lane takes in turn (not for warpgroups).
     """
 
-    def __init__(self, bits: int, scales_bf16: bool, *, warpgroup: bool) -> None:
-        self.key = (bits, scales_bf16, warpgroup)
+    def __init__(self, bits: int, scales_bf16: bool, *, warpgroup: bool, turns: int = 1) -> None:
+        self.key = (bits, scales_bf16, warpgroup, turns)
         self.bits = gl.constexpr(bits)
         self.pack = gl.constexpr(4 if warpgroup else 1)
         self.words = (gl.int32,) * (-(-bits // 2) if warpgroup else words(bits))
@@ -53,7 +54,7 @@ class Text(Constants):
             "unpack": registers_asm(bits, signed=warpgroup),
             "meta0": meta_asm(bits, 0, scales_bf16, signed=warpgroup),
             "meta1": meta_asm(bits, 1, scales_bf16, signed=warpgroup),
-            "product": product_asm(),
+            "product": product_asm(turns),
         }.items():
             setattr(self, name, gl.constexpr(asm))
             setattr(self, name + "_constraints", gl.constexpr(constraints))

@@ -10,8 +10,9 @@ rows of W and one of several ranges of k; its warps form a grid of WARPS_N (stri
 columns). Partial sums meet in shared memory, then in a workspace, where the last program to arrive adds them in a fixed
 order.
 
-Where a step has two or four groups, a column of a product is a digit of a row of x within one group, 0 elsewhere: each
-lane has the sums of its own group, and those of a row's lanes meet at the end.
+Where a step has two or four groups there are two forms. A column of a product is a digit of a row of x within one
+group, 0 elsewhere: each lane has the sums of its own group, those of a row's lanes meet at the end, and a tile has two
+rows or one. Or groups have their products in turn: more scales and sums for a lane, but a tile keeps its four rows.
 
 Dispatch picks it for M <= 16 and scales of 16 bits. Source: this project.
 """
@@ -47,7 +48,7 @@ from .own_digits import Halves, write_digits
 
 @gluon.jit
 def _pieces(t, COUNT: gl.constexpr, WARPS_K: gl.constexpr):
-    """[WARPS_K, 32, COUNT] to COUNT tensors [WARPS_K, 32]."""
+    """[WARPS_K, n, COUNT] to COUNT tensors [WARPS_K, n]."""
     out = (t,)
     for level in gl.static_range(COUNT.bit_length() - 1):
         halves = ()
@@ -55,7 +56,7 @@ def _pieces(t, COUNT: gl.constexpr, WARPS_K: gl.constexpr):
             piece = out[i]
             if COUNT >> level > 2:
                 # the first half of what is left, then the second
-                piece = piece.reshape((WARPS_K, 32, 2, COUNT >> (level + 1))).permute((0, 1, 3, 2))
+                piece = piece.reshape((WARPS_K, t.shape[1], 2, COUNT >> (level + 1))).permute((0, 1, 3, 2))
             halves = halves + gl.split(piece)
         out = halves
     return out
@@ -88,14 +89,27 @@ def _pointers(
 
 
 @gluon.jit
+def _load_meta(
+    ptrs, step, strips, SUBGROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr
+):  # fmt: skip
+    """The meta words of a step, for each group that is taken in turn."""
+    meta = ()
+    for turn in gl.static_range(TURNS):
+        meta = meta + (load_meta(ptrs, step * (SUBGROUPS * TURNS) // GROUP_STEPS + turn, strips),)
+    return meta
+
+
+@gluon.jit
 def _step(
-    acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, WARPS_K: gl.constexpr,
+    acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, TURNS: gl.constexpr, WARPS_K: gl.constexpr,
     DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """acc += scale * unit * ((code - zero) . q) over 128 columns."""
     SHAPE: gl.constexpr = q[0].shape
     a = q if T.as_they_are else unpack(q, T)
-    group = scales_and_zeros(meta, T)
+    groups = ()
+    for turn in gl.static_range(TURNS):
+        groups = groups + (scales_and_zeros(meta[turn], T),)
     out = ()
     for tile in gl.static_range(TILES):
         b = digits.slice(2 * tile, 2, dim=1).load(DL)  # [WARPS_K, 2, 128]
@@ -103,10 +117,12 @@ def _step(
         args = a
         for i in gl.static_range(8):
             args = args + (_every_strip(_pieces(b, 8, WARPS_K)[i], L, SHAPE),)
-        unit, total = gl.split(sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 4, 2)))
-        unit = _every_g(unit, GL).to(gl.float32, bitcast=True)
-        args = args + group + (_every_strip(_every_g(total, GL), L, SHAPE), _every_strip(unit, L, SHAPE))
-        args = args + (acc[2 * tile], acc[2 * tile + 1])
+        # unit, sum; what is beyond the turns is nothing
+        numbers = _pieces(sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 4, 2 * TURNS)), 2 * TURNS, WARPS_K)
+        for turn in gl.static_range(TURNS):
+            args = args + groups[turn] + (_every_strip(_every_g(numbers[1 + turn], GL), L, SHAPE),)
+        unit = _every_g(numbers[0], GL).to(gl.float32, bitcast=True)
+        args = args + (_every_strip(unit, L, SHAPE), acc[2 * tile], acc[2 * tile + 1])
         out = out + gl.inline_asm_elementwise(
             T.product, T.product_constraints, args, dtype=(gl.float32, gl.float32), is_pure=True, pack=1
         )
@@ -136,7 +152,7 @@ def decode_kernel(
     M, N, K, steps, strips, stride_xm, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
-    PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr, PAIRS: gl.constexpr, X: gl.constexpr,
+    TURNS: gl.constexpr, PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr, PAIRS: gl.constexpr, X: gl.constexpr,
     L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, CL: gl.constexpr, SL: gl.constexpr,
     YL: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
 ):  # fmt: skip
@@ -146,7 +162,7 @@ def decode_kernel(
     """
     S: gl.constexpr = STRIPS * WARPS_N
     STEP_WORDS: gl.constexpr = 64 * T.bits
-    WIDTH: gl.constexpr = 8  # of the sums of a step and tile
+    WIDTH: gl.constexpr = 8 * TURNS  # of the sums of a step and tile
     LANES: gl.constexpr = 32 // SUBGROUPS  # with sums of their own: those over subgroups meet
     TILE: gl.constexpr = 4 // SUBGROUPS  # rows of x
     ROWS: gl.constexpr = CHUNK * WARPS_K * TILES
@@ -182,7 +198,7 @@ def decode_kernel(
     meta = ()
     for d in gl.static_range(DEPTH):
         q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last) * SUBGROUPS // GROUP_STEPS, strips),)
+        meta = meta + (_load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
         step += WARPS_K
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
@@ -241,6 +257,7 @@ def decode_kernel(
                             sums.index(stage),
                             T,
                             TILES,
+                            TURNS,
                             WARPS_K,
                             DL,
                             UL,
@@ -250,7 +267,7 @@ def decode_kernel(
                     q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
                     meta = (
                         meta[:d]
-                        + (load_meta(m_ptrs, gl.minimum(step, last) * SUBGROUPS // GROUP_STEPS, strips),)
+                        + (_load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
                         + meta[d + 1 :]
                     )
                     step += WARPS_K
@@ -313,10 +330,11 @@ def decode_kernel(
 def constants(
     bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int,
     splits: bool, persistent: bool, group_columns: int, pdl: bool, own_rows: int = 0,
-    bf16: bool = False, pairs: bool = False,
+    bf16: bool = False, pairs: bool = False, in_turn: bool = False,
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
-    subgroups = max(1, 128 // group_columns)
+    groups = max(1, 128 // group_columns)
+    subgroups, turns = (1, groups) if in_turn else (groups, 1)
     S = strips * warps_n
     warps = warps_n * warps_k
     # strips go to warps first, then to registers; what does not depend on the strip is the same in those warps
@@ -325,11 +343,11 @@ def constants(
     same = [[0, 0, 0] for _ in here]
     in_k = [[k, 0, 0] for k in bits_of(warps_k)]
     return {
-        "T": Text(bits, scales_bf16, warpgroup=False), "TILES": tiles, "STRIPS": strips, "WARPS_N": warps_n,
-        "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
+        "T": Text(bits, scales_bf16, warpgroup=False, turns=turns), "TILES": tiles, "STRIPS": strips,
+        "WARPS_N": warps_n, "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
         "PERSISTENT": persistent,
         "GROUP_STEPS": max(1, group_columns // 128),
-        "SUBGROUPS": subgroups, "PDL": pdl, "OWN_ROWS": own_rows, "PAIRS": pairs, "X": Halves(bf16),
+        "SUBGROUPS": subgroups, "TURNS": turns, "PDL": pdl, "OWN_ROWS": own_rows, "PAIRS": pairs, "X": Halves(bf16),
         "L": linear(
             [[0, s, 0] for s in rest], [[0, 0, b] for b in bits_of(32)], [[0, s, 0] for s in here] + in_k,
             [warps_k, S, 32],
@@ -338,13 +356,14 @@ def constants(
             [[0, 0, 1], [0, 0, 2], [0, 1, 0]], [[0, 0, 4 * b] for b in bits_of(32)], same + in_k, [warps_k, 2, 128]
         ),
         "UL": linear(
-            [[0, 0, 1]], [[0, 0, 2], [0, 0, 4]] + [[0, 0, 0]] * 3, same + in_k, [warps_k, 1, 8]
+            [[0, 0, b] for b in bits_of(2 * turns)], [[0, 0, 2 * turns], [0, 0, 4 * turns]] + [[0, 0, 0]] * 3,
+            same + in_k, [warps_k, 1, 8 * turns],
         ),
         "GL": linear(
             [], [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]], same + in_k, [warps_k, 8, 4]
         ),
         "CL": gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]),
-        "SL": gl.BlockedLayout([1, 4], [16, 2], [warps, 1], [1, 0]),
+        "SL": gl.BlockedLayout([1, 4], [16 // turns, 2 * turns], [warps, 1], [1, 0]),
         "YL": gl.BlockedLayout([warps_k, 1], [1, 32], [1, warps], [1, 0]),
         # a lane has eight columns of a step, whole words of digits; a warp has two steps
         "XL": linear(
@@ -360,7 +379,7 @@ def constants(
 def prepare_decode(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
-    persistent: bool, pdl: bool, own_rows: int = 0, aligned: bool = False,
+    persistent: bool, pdl: bool, in_turn: bool = False, own_rows: int = 0, aligned: bool = False,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -371,7 +390,7 @@ def prepare_decode(
         bits: 2, 3, 4 or 8.
         scales_bf16: Whether scales are bfloat16, not float16.
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
-        tiles: Of x, of four rows, or two or one where a step has two or four groups: 1, 2 or 4.
+        tiles: Of x, of four rows, or two or one where a step has two or four groups, not in turn: 1, 2 or 4.
         strips: Strips of 16 rows of W to a warp.
         warps_n: Warps over strips.
         warps_k: Warps over steps.
@@ -380,7 +399,8 @@ def prepare_decode(
         split: Programs over k.
         persistent: A program takes one tile after another.
         pdl: Programmatic dependent launch (sm_90 on).
-        own_rows: M, at most one tile, if programs find the digits of x, else 0.
+        in_turn: Groups of a step have products of their own, not columns.
+        own_rows: M, at most one tile, if programs find the digits of x, else 0; not with in_turn.
         aligned: K is even, and rows of x start at multiples of 4 bytes (with own_rows).
 
     Returns:
@@ -398,7 +418,7 @@ def prepare_decode(
     """
     names = constants(
         bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl,
-        own_rows, dtype == torch.bfloat16, aligned,
+        own_rows, dtype == torch.bfloat16, aligned, in_turn,
     )  # fmt: skip
     rows = (dtype, None, None) if own_rows else (None, torch.int32, torch.int32)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)

@@ -37,6 +37,7 @@ def digits_kernel(
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     SUBGROUPS: tl.constexpr,
+    TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A step of a row of x a program."""
@@ -79,11 +80,13 @@ def digits_kernel(
             inside = word * SUBGROUPS // 8 == u
             tl.store(ptrs + (place + u) * 32, tl.where(inside, high_words, 0))
             tl.store(ptrs + (place + u) * 32 + 16, tl.where(inside, low_words, 0))
-        # SUBGROUPS m + u: unit and sum
-        sums = -tl.sum(tl.reshape(integers, (SUBGROUPS, 128 // SUBGROUPS)), 1)
-        ptrs = sums_ptr + (tile * 4 + place + tl.arange(0, SUBGROUPS)) * 2
+        # SUBGROUPS m + u: unit, sums in turn
+        GROUPS: tl.constexpr = SUBGROUPS * TURNS
+        sums = -tl.sum(tl.reshape(integers, (GROUPS, 128 // GROUPS)), 1)
+        group = tl.arange(0, GROUPS)
+        ptrs = sums_ptr + (tile * 4 + place + group // TURNS) * (2 * TURNS)
         tl.store(ptrs, unit.to(tl.int32, bitcast=True))
-        tl.store(ptrs + 1, sums)
+        tl.store(ptrs + 1 + group % TURNS, sums)
     else:
         # for wide.py: rows n = 2 m + digit of 128 bytes, 16-byte pieces (s, hb) swizzled as in shared memory
         n = 2 * m
@@ -97,7 +100,7 @@ def digits_kernel(
 
 
 def prepare_digits(
-    device: int, dtype: torch.dtype, *, ordered: bool, subgroups: int, tiles: int, rows: int, pdl: bool
+    device: int, dtype: torch.dtype, *, ordered: bool, subgroups: int, turns: int, tiles: int, rows: int, pdl: bool
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -105,7 +108,8 @@ def prepare_digits(
         device: Index of the GPU.
         dtype: Of x: float16 or bfloat16.
         ordered: Whether there is an order.
-        subgroups: For decode.py: 1, 2 or 4 to a step; else 1.
+        subgroups: For decode.py: groups of a step with columns of their own, 1, 2 or 4; else 1.
+        turns: For decode.py: groups of a step that share columns, 1, 2 or 4; else 1.
         tiles: For decode.py: tiles of 4 / subgroups rows of x; else 0.
         rows: For wide.py: rows of x in a block; else 0.
         pdl: Programmatic dependent launch (sm_90 on).
@@ -116,9 +120,9 @@ def prepare_digits(
         - x: (M, K), unit stride along K.
         - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.
         - digits: for decode.py int32 (steps, tiles, 256); for wide.py (steps, rows, 64).
-        - sums: for decode.py int32 (steps, tiles, 4, 2), for wide.py (steps, 2, rows): the bits of the unit and minus
-          the sum.
+        - sums: for decode.py int32 (steps, tiles, 4, 2 * turns), for wide.py (steps, 2, rows): the bits of the unit
+          and minus the sum of each group.
     """
-    constants = {"TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "PDL": pdl}
+    constants = {"TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "TURNS": turns, "PDL": pdl}
     pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)
     return prepare(digits_kernel, device, pointers, 2, constants, num_warps=1, launch_pdl=pdl)

@@ -155,8 +155,8 @@ class _Ptx:
 
     def both(self, value: float) -> int:
         """A number in both halves."""
-        fp32, fp16 = struct.pack(">f", value), struct.pack(">e", value)
-        return int.from_bytes((fp32 if self.bf16 else fp16)[:2], "big") * 0x10001
+        packed = struct.pack(">f" if self.bf16 else ">e", value)
+        return int.from_bytes(packed[:2], "big") * 0x10001
 
     def shift(self, word: str, amount: int) -> str:
         return self.emit("shr.b32", word, amount) if amount else word
@@ -220,12 +220,15 @@ class _Ptx:
 
     def byte(self, word: str, start: int, meta: str) -> str:
         """Code - zero of eight bits."""
-        if self.bf16:
-            zero = self.emit("prmt.b32", meta, 0, "0x4040")
-            return self.minus(self.signed(self.shift(word, start)), self.signed(zero))
-        return self.minus_zero(self.emit("prmt.b32", word, 0x64, "0x4341" if start else "0x4240"), 0, meta)
+        places = "0x4341" if start else "0x4240"
+        if not self.bf16:
+            return self.minus_zero(self.emit("prmt.b32", word, 0x64, places), 0, meta)
+        # no room below an exponent, but eight bits alone are a number below or just above the smallest normal one:
+        # as many times 2**-133, which no one factor undoes
+        code = self.scaled(self.emit("prmt.b32", word, 0, places), 2.0**127)
+        zero = self.scaled(self.emit("prmt.b32", meta, 0, "0x4040"), 2.0**127)
+        return self.emit("fma.rn.bf16x2", code, self.constant(64), self.scaled(zero, -64))
 
-    def signed(self, word: str) -> str:
-        """Eight bits - 128, which bfloat16 holds: 128 + the lower seven, less 256, or 128 where the eighth is set."""
-        upper = self.emit("lop3.b32", word, 0x800080, self.both(-128), 0xAE)  # ~word & mask | magic
-        return self.plus(self.select(word, 0x7F, self.both(128)), upper)
+    def scaled(self, value: str, factor: float) -> str:
+        """bfloat16: value * factor."""
+        return self.emit("fma.rn.bf16x2", value, self.constant(factor), self.constant(-0.0))

@@ -20,20 +20,22 @@ pytestmark = [
 ]
 
 
-def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's integers (M, steps * 128), units (M, steps) and sums (M, steps, subgroups)."""
+def run(
+    x: Tensor, order: Tensor | None, steps: int, subgroups: int = 1, turns: int = 1, wide: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's integers (M, steps * 128), units (M, steps) and sums (M, steps, subgroups * turns)."""
     from gptq_triton.kernels.digits import digits_kernel
 
     M, K = x.shape
     rows, row_columns = 8 * -(-M // 8) if wide else 0, 2 * subgroups
     tiles = 0 if wide else -(-M * subgroups // 4)
     digits = torch.full((steps, rows, 64) if wide else (steps, tiles, 256), -1, dtype=torch.int32)
-    sums = torch.full((steps, 2, rows) if wide else (steps, tiles, 4, 2), -1, dtype=torch.int32)
+    sums = torch.full((steps, 2, rows) if wide else (steps, tiles, 4, 2 * turns), -1, dtype=torch.int32)
     digits_kernel[(steps, M)](
-        x, order, digits, sums, K, x.stride(0), TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, PDL=False,
+        x, order, digits, sums, K, x.stride(0), TILES=tiles, ROWS=rows, SUBGROUPS=subgroups, TURNS=turns, PDL=False,
     )  # fmt: skip
     integers = torch.empty(M, steps, 128, dtype=torch.int64)
-    units, totals = torch.empty(M, steps), torch.empty(M, steps, subgroups, dtype=torch.int64)
+    units, totals = torch.empty(M, steps), torch.empty(M, steps, subgroups * turns, dtype=torch.int64)
     stored = digits.view(torch.int8).long()
     for m in range(M):
         for s in range(4):
@@ -61,7 +63,7 @@ def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool)
             row = sums[:, subgroups * m // 4, place : place + subgroups]
         assert torch.equal(row[:, :, 0], row[:, :1, 0].expand(-1, subgroups))
         units[m] = row[:, 0, 0].contiguous().view(torch.float32)
-        totals[m] = -row[:, :, 1].long()
+        totals[m] = -row[:, :, 1 : 1 + turns].flatten(1).long()
     return integers.view(M, -1), units, totals
 
 
@@ -69,22 +71,21 @@ def run(x: Tensor, order: Tensor | None, steps: int, subgroups: int, wide: bool)
 @given(
     M=st.integers(1, 9),
     K=st.integers(1, 300),
-    subgroups=st.sampled_from((1, 2, 4)),
-    wide=st.booleans(),
+    form=st.sampled_from(((1, 1, True), (1, 1, False), (2, 1, False), (4, 1, False), (1, 2, False), (1, 4, False))),
     ordered=st.booleans(),
     exponent=st.integers(-12, 12),
     seed=st.integers(0, 99),
 )
-def test_digits_are_x(M, K, subgroups, wide, ordered, exponent, seed):
-    rng = generator(seed)
+def test_digits_are_x(M, K, form, ordered, exponent, seed):
+    rng, groups = generator(seed), form[0] * form[1]
     x = (torch.randn(M, K, generator=rng) * 2.0**exponent).half()
-    steps, subgroups = -(-K // 128), 1 if wide else subgroups
+    steps = -(-K // 128)
     order, expected = None, torch.nn.functional.pad(x, (0, 128 * steps - K))
     if ordered:
         order = torch.full((128 * steps,), -1, dtype=torch.int32)
         order[torch.randperm(128 * steps, generator=rng)[:K]] = torch.arange(K, dtype=torch.int32)
         expected = torch.where(order >= 0, x[:, order.clamp(min=0).long()], 0)
-    integers, units, totals = run(x, order, steps, subgroups, wide)
+    integers, units, totals = run(x, order, steps, *form)
     expected = expected.double().view(M, steps, 128)
     found = integers.double().view(M, steps, 128) * units.double()[:, :, None]
     error, largest = (found - expected).abs(), expected.abs().amax(2)
@@ -93,7 +94,7 @@ def test_digits_are_x(M, K, subgroups, wide, ordered, exponent, seed):
     # within a factor of 16 of the largest nothing is lost
     near = expected.abs() >= largest[:, :, None] / 16
     assert bool((error[near] == 0).all())
-    assert torch.equal(totals, integers.view(M, steps, subgroups, 128 // subgroups).sum(3))
+    assert torch.equal(totals, integers.view(M, steps, groups, 128 // groups).sum(3))
     assert int(integers.abs().max()) <= 32639
 
 
@@ -101,5 +102,5 @@ def test_digits_are_x(M, K, subgroups, wide, ordered, exponent, seed):
 def test_what_is_not_finite_is_seen(bad):
     x = torch.randn(3, 256, generator=generator(0)).half()
     x[1, 200] = bad
-    _, units, _ = run(x, None, 2, 1, wide=False)
+    _, units, _ = run(x, None, 2)
     assert units.isnan().tolist() == [[False, False], [False, True], [False, False]]

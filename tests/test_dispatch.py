@@ -234,14 +234,6 @@ def test_tables(tmp_path, monkeypatch):
         tables.save("a-gpu", {name: plan})
     assert [tables.lookup("a-gpu", replace(odd, M=M)) for M in (1, 9, 33, 500)] == list(plans.values())
     assert tables.lookup("a-gpu", replace(odd, M=2)) is None
-    few = replace(odd, strips=5, M=4)
-    tables.save("a-gpu", {tables.case(few): DecodePlan(1, 1, 2, 8, 2, 4, 1)})
-    for M in (2, 3, 4):  # a plan for more rows serves, and one row may have digits of its own
-        assert tables.lookup("a-gpu", replace(few, M=M)) == DecodePlan(1, 1, 2, 8, 2, 4, 1)
-    assert tables.lookup("a-gpu", replace(few, M=1)) == DecodePlan(1, 1, 2, 8, 2, 4, 1, own_digits=True)
-    long = replace(few, steps=224)  # 28672 columns: a launch before is faster
-    tables.save("a-gpu", {tables.case(long): DecodePlan(1, 1, 2, 8, 2, 4, 1)})
-    assert tables.lookup("a-gpu", replace(long, M=1)) == DecodePlan(1, 1, 2, 8, 2, 4, 1)
     assert tables.lookup("a-gpu", replace(odd, M=400, large=False)) is None
     assert tables.lookup("another", odd) is None
     assert tables.lookup("a-gpu", replace(odd, group_columns=32)) is None

@@ -93,12 +93,13 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
             plan = replace(plan, split=1 if bias else 2)
             if isinstance(plan, DecodePlan):
                 plan = replace(plan, persistent=bias)
-                splits = (1, 2, 4, 8, 16) if problem.rows_of_tile >= problem.M else ()
+                splits = () if plan.in_turn else (1, 2, 4, 8, 16)
                 own = (with_own_digits(problem, replace(plan, split=split)) for split in splits)
                 firsts.setdefault("own digits", next(filter(None, own), None))  # the longest that fit
-            firsts.setdefault(type(plan), plan)
-    assert DecodePlan in firsts
-    assert (firsts["own digits"] is not None) == (problem.rows_of_tile >= problem.M)
+            firsts.setdefault((type(plan), getattr(plan, "in_turn", None)), plan)
+    assert (DecodePlan, False) in firsts
+    assert ((DecodePlan, True) in firsts) == (problem.subgroups > 1 and problem.M * problem.subgroups > 4)
+    assert (firsts["own digits"] is not None) == (problem.M * problem.subgroups <= 4)
     for plan in filter(None, firsts.values()):
         binary = compiled_plan(problem, plan, bias=bias)
         assert binary.metadata.shared <= SHARED_MEMORY[problem.arch]
@@ -161,9 +162,10 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_pa
 def test_digits_compile(arch, wide, tmp_path):
     from gptq_triton.kernels.digits import digits_kernel
 
-    for dtype, order, subgroups in (("fp16", None, 1), ("bf16", "i32", 4), ("bf16", "i32", 1)):
+    for dtype, order, subgroups, turns in (("fp16", None, 1, 1), ("bf16", "i32", 4, 1), ("bf16", "i32", 1, 4)):
         constants = {
-            "TILES": 0 if wide else 2, "ROWS": 16 if wide else 0, "SUBGROUPS": subgroups, "PDL": int(arch[3:]) >= 90,
+            "TILES": 0 if wide else 2, "ROWS": 16 if wide else 0, "SUBGROUPS": subgroups, "TURNS": turns,
+            "PDL": int(arch[3:]) >= 90,
         }  # fmt: skip
         pointers = {"x_ptr": dtype, "order_ptr": order, "digits_ptr": "i32", "sums_ptr": "i32"}
         binary = compiled(digits_kernel, pointers, ("K", "stride_xm"), constants, arch, num_warps=1)

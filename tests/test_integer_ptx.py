@@ -175,20 +175,21 @@ def test_meta_words(bits, is_signed, scales_bf16):
         assert torch.equal(signed(zero), zeros * 2 ** (shift(bits) * r8) - less)
 
 
-@pytest.mark.parametrize("subgroups", [1, 2, 4])
+@pytest.mark.parametrize(("subgroups", "turns"), [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4)])
 @pytest.mark.parametrize("bits", BITS)
-def test_the_product_of_a_step(bits, subgroups):
+def test_the_product_of_a_step(bits, subgroups, turns):
     rng = generator(bits)
     codes = torch.randint(0, 2**bits, (128, 16), generator=rng, dtype=torch.uint8)
-    columns, rows = 128 // subgroups, 4 // subgroups
+    groups, rows = subgroups * turns, 4 // subgroups
+    columns = 128 // groups
     q = torch.randint(-32639, 32640, (rows, 128), generator=rng)  # rows of x as integers
-    scales = torch.rand(subgroups, 16, generator=rng).float()
-    zeros = torch.randint(0, 2**bits, (subgroups, 16), generator=rng)
+    scales = torch.rand(groups, 16, generator=rng).float()
+    zeros = torch.randint(0, 2**bits, (groups, 16), generator=rng)
     unit, start = torch.rand(rows, generator=rng).float(), torch.rand(4, 16, generator=rng).float()
     g, t = LANES // 4, LANES % 4
     high = q + 128 >> 8
     # column n = 2 (subgroups m + u) + digit of the product is 0 outside of subgroup u
-    inside = (torch.arange(128) // columns == torch.arange(subgroups)[:, None]).long()
+    inside = (torch.arange(128) * subgroups // 128 == torch.arange(subgroups)[:, None]).long()
     digits = (torch.stack((high, q - 256 * high), 1)[:, None] * inside[:, None]).view(8, 128)
     assert int(digits.abs().max()) <= 128
     b = []
@@ -197,20 +198,25 @@ def test_the_product_of_a_step(bits, subgroups):
             columns_of = [digits[g, 32 * s + 16 * hb + 2 * t + column] for column in (0, 8, 1, 9)]
             b.append(sum((value & 255) << 8 * i for i, value in enumerate(columns_of)))
     inputs = registers_of(codes, bits) + b
-    m, u = t // subgroups, t % subgroups
-    inputs += [to_bits(scales[u, g]), to_bits(scales[u, g + 8])]
-    inputs += [zeros[u, g], zeros[u, g + 8] * 2 ** shift(bits), -q.view(rows, subgroups, columns).sum(2)[m, u] & WORD]
+    m = t // subgroups
+    for turn in range(turns):
+        u = t % subgroups + turn
+        inputs += [to_bits(scales[u, g]), to_bits(scales[u, g + 8]), zeros[u, g], zeros[u, g + 8] * 2 ** shift(bits)]
+        inputs.append(-q.view(rows, groups, columns).sum(2)[m, u] & WORD)
     inputs += [to_bits(unit[m]), to_bits(start[t, g]), to_bits(start[t, g + 8] * 2 ** shift(bits))]
-    found = run(product_asm(), inputs)
-    weight = (codes.double().view(subgroups, columns, 16) - zeros[:, None]) * scales[:, None].double()
-    parts = q.double().view(rows, subgroups, 1, columns) @ weight  # (rows, subgroups, 1, 16)
-    expected = start.double() + (unit.double()[:, None, None] * parts[:, :, 0]).view(4, 16)
+    found = run(product_asm(turns), inputs)
+    weight = (codes.double().view(groups, columns, 16) - zeros[:, None]) * scales[:, None].double()
+
+    def product(q: Tensor, weight: Tensor) -> Tensor:
+        """Of a lane's rows and groups, [t, n]."""
+        parts = (q.double().view(rows, groups, 1, columns) @ weight)[:, :, 0]  # (rows, groups, 16)
+        return (unit.double()[:, None, None] * parts.view(rows, subgroups, turns, 16).sum(2)).view(4, 16)
+
+    expected, size = start.double() + product(q, weight), start.double() + product(q.abs(), weight.abs())
     for r8 in range(2):
         y = to_float(found[r8]).double() / 2 ** (shift(bits) * r8)
         error = (y - expected[t, g + 8 * r8]).abs()
-        size = q.double().abs().view(rows, subgroups, 1, columns) @ weight.abs()
-        size = (unit.double()[:, None, None] * size[:, :, 0]).view(4, 16) + start
-        assert bool((error <= 4 * 2.0**-24 * size[t, g + 8 * r8]).all())
+        assert bool((error <= (3 + turns) * 2.0**-24 * size[t, g + 8 * r8]).all())
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -250,17 +250,18 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order):
             main = (*main[:3], *main[4:14], *main[15:17], main[18])
         memory, tiles = gpu.scratch.memory, math.ceil(34 / plan.strips_of_program)
         begin, end = memory.data_ptr(), memory.data_ptr() + 4 * memory.numel()
-        subgroups = 128 // group_size
+        in_turn = isinstance(plan, DecodePlan) and plan.in_turn
+        subgroups, turns = (1, 128 // group_size) if in_turn else (128 // group_size, 1)
         rows = 8 * math.ceil(M / 8) if isinstance(plan, WidePlan) else 4 // subgroups * plan.tiles
         columns = 2 * (rows if isinstance(plan, WidePlan) else 4 * plan.tiles)  # of digits
         assert kind == ("wide" if isinstance(plan, WidePlan) else "decode")
-        assert taken["subgroups"] == subgroups
+        assert (taken["subgroups"], taken["turns"]) == (subgroups, turns)
         assert digits[:2] == (tiled.steps, M)
         assert digits[3:7] == (x.data_ptr(), order, *main[3:5])
         assert digits[7:] == (1536, 1536)
         assert main[3] == begin
         assert main[4] - main[3] == 4 * tiled.steps * columns * 32  # digits of 128 columns, as words
-        after = main[4] + 4 * tiled.steps * columns  # units and sums
+        after = main[4] + 4 * tiled.steps * columns * turns  # units and sums
         assert main[5:9] == (tiled.words.data_ptr(), tiled.meta.data_ptr(), bias.data_ptr(), y.data_ptr())
         if plan.split == 1:
             assert main[9:11] == (None, None)

@@ -96,7 +96,8 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
             yield from _wide(problem)
     if problem.takes_large and rows > few:
         yield from _large(problem)
-    if rows <= ROWS_OF_MATMUL and (not problem.takes_digits or rows > few):
+    first = 16 if problem.takes_large else few if problem.takes_digits else 0  # below, the others are never slower
+    if first < rows <= ROWS_OF_MATMUL:
         yield from _matmul(problem)
 
 
@@ -136,15 +137,9 @@ def rows_of_decode(group_columns: int) -> int:
 
 
 def _decode(problem: Problem) -> Iterator[DecodePlan]:
-    yield from _decode_tiles(problem, in_turn=False)
-    if problem.subgroups > 1 and 4 // problem.subgroups < problem.M:
-        yield from _decode_tiles(problem, in_turn=True)
-
-
-def _decode_tiles(problem: Problem, *, in_turn: bool) -> Iterator[DecodePlan]:
+    in_turn = problem.subgroups > 1 and 4 // problem.subgroups < problem.M  # else one tile has columns for all groups
     turns = problem.subgroups if in_turn else 1
-    rows = 4 * turns // problem.subgroups
-    tiles = next(tiles for tiles in _DECODE if tiles * rows >= problem.M)
+    tiles = next(tiles for tiles in _DECODE if 4 * tiles >= problem.M * problem.subgroups // turns)
     for strips, warps_n, warps_k, depth, chunk in _DECODE[tiles][problem.bits]:
         step = tiles * (1024 + 32 * turns)
         room = _room(problem, tiles * strips * warps_n * warps_k)
@@ -160,7 +155,7 @@ def _decode_tiles(problem: Problem, *, in_turn: bool) -> Iterator[DecodePlan]:
         if one_by_one.programs(problem) < -(-problem.strips // one_by_one.strips_of_program):
             plans.append(one_by_one)
         yield from plans
-        if tiles == 1 and not in_turn:
+        if tiles == 1 and turns == 1:
             own = (with_own_digits(problem, replace(plan, depth=depth)) for plan in plans)
             yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 0.9)
 
@@ -209,16 +204,20 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
                 yield MatmulPlan(block_m, block_n, split, warps, stages, registers, ptx)
 
 
-# microseconds of a program for a step, by rows of x of a tile, multiplying groups, and programs of a multiprocessor, on
-# an H200 at work for a while
+# rows of x of a tile, multiplying groups, programs that fit a multiprocessor
+_LARGE = (16, 2, 2), (16, 4, 1), (32, 2, 2), (32, 4, 1), (64, 2, 2), (64, 4, 1), (64, 2, 1), (128, 2, 1), (256, 2, 1)
+# microseconds of a program for a step, by rows, groups and programs that a multiprocessor has, on an H200 at work for a
+# while
 _LARGE_STEP = {
-    (16, 2, 2): 0.57,
-    (16, 4, 1): 0.72,
-    (32, 2, 2): 0.66,
-    (32, 4, 1): 0.75,
-    (64, 2, 2): 0.95,
-    (64, 4, 1): 0.95,
-    (64, 2, 1): 0.51,
+    (16, 2, 1): 0.4,
+    (16, 2, 2): 0.64,
+    (16, 4, 1): 0.68,
+    (32, 2, 1): 0.42,
+    (32, 2, 2): 0.68,
+    (32, 4, 1): 0.72,
+    (64, 2, 1): 0.54,
+    (64, 2, 2): 0.93,
+    (64, 4, 1): 0.93,
     (128, 2, 1): 0.83,
     (256, 2, 1): 1.6,
 }
@@ -228,7 +227,7 @@ _SHARED_X = 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
-    for block_m, groups, resident in _LARGE_STEP:
+    for block_m, groups, resident in _LARGE:
         if block_m < min(problem.M, 256) / 3 or 16 < block_m >= 2 * problem.M:
             continue  # tiles that take turns, or are mostly empty
         rows = 64 * groups
@@ -311,6 +310,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
         digits += _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):
         resident, cycles = max(1, 16 // plan.warps), {8: 150, 16: 230}[problem.rows_of_wide]
+        filling = 1.5
     else:
         resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m + 58 * more
         blocks_m, filling, digits = -(-problem.M // plan.block_m), 4.0, 0.0
@@ -329,9 +329,9 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     programs, streamed = plan.shares(problem)
     arrival = programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
-    step = max(_LARGE_STEP[plan.block_m, plan.groups, plan.resident], arrival)
+    step = max(_LARGE_STEP[plan.block_m, plan.groups, -(-programs // problem.multiprocessors)], arrival)
     tiles = -(-(plan.tiles(problem) - streamed) // programs)
     steps = tiles * problem.steps + -(-streamed * problem.steps // programs)
     parts = max(2, -(-programs // streamed)) if streamed else 0  # of a tile
     apart = _APART if streamed and programs % streamed else 1.0
-    return 2.5 + steps * step * apart + parts * (0.35 + 0.0065 * plan.block_m)
+    return 1.0 + steps * step * apart + parts * (0.35 + 0.0065 * plan.block_m)

@@ -152,9 +152,9 @@ def decode_kernel(
     M, N, K, steps, strips, stride_xm, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
-    TURNS: gl.constexpr, PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr, PAIRS: gl.constexpr, X: gl.constexpr,
-    L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, CL: gl.constexpr, SL: gl.constexpr,
-    YL: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
+    TURNS: gl.constexpr, PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr, PAIRS: gl.constexpr,
+    X: gl.constexpr, L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, CL: gl.constexpr,
+    SL: gl.constexpr, YL: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program; if PERSISTENT one after another, words of the next in flight.
 

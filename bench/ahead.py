@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from gptq_triton import product
-from gptq_triton.plans import DecodePlan, DequantizePlan, MatmulPlan, Plan, Problem
+from gptq_triton.plans import DecodePlan, DequantizePlan, MatmulPlan, Plan, Problem, WidePlan
 
 Job = tuple[Problem, Plan]
 
@@ -33,6 +33,7 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
     for problem, plan in jobs:
         if not isinstance(plan, (MatmulPlan, DequantizePlan)):
             rows = problem.M if isinstance(plan, DecodePlan) and plan.own_digits else None
+            rows = problem.rows_of_wide if isinstance(plan, WidePlan) else rows
             kind = (problem.bits, problem.dtype, problem.group_columns, rows)
             found.setdefault((kind, replace(plan, split=min(plan.split, 2))), (problem, plan))
     return list(found.values())

@@ -371,6 +371,7 @@ def test_every_kernel_of_every_case_is_compiled_ahead_once():
 
     def kernel(problem: plans.Problem, plan: plans.FusedPlan) -> tuple:
         rows = problem.M if isinstance(plan, plans.DecodePlan) and plan.own_digits else None
+        rows = problem.rows_of_wide if isinstance(plan, plans.WidePlan) else rows
         return problem.bits, rows, dataclasses.replace(plan, split=min(plan.split, 2))
 
     kernels = [kernel(*job) for job in found]

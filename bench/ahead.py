@@ -20,7 +20,7 @@ def compile_plan(job: Job) -> None:
     torch.set_num_threads(1)
     problem, plan = job
     half = torch.bfloat16 if problem.dtype == torch.bfloat16 else torch.float16
-    operands = product.Operands(problem.steps * 128, problem.strips * 16, None, half, False, True)
+    operands = product.Operands(problem.steps * 128, problem.strips * 16, None, half, True)
     product.prepare_launch(problem, plan, operands, 0)
 
 

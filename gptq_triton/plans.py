@@ -31,6 +31,7 @@ class Problem:
         multiprocessors: Of the GPU.
         large: The kernel for many rows takes the operands: rows of x and y start at multiples of 16 bytes, and the
             dtype of x holds the scales, or parts of them.
+        ordered: Columns of x are put in another order first (act-order): with their digits, or by a launch of its own.
     """
 
     M: int
@@ -43,6 +44,7 @@ class Problem:
     arch: str
     multiprocessors: int
     large: bool = True
+    ordered: bool = False
 
     @property
     def takes_digits(self) -> bool:

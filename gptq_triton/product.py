@@ -7,7 +7,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
@@ -78,7 +78,6 @@ class Operands:
         N: Columns of y.
         bias: Dtype of the bias, or None.
         scales: Dtype of the scales.
-        ordered: Whether the weight has an order.
         aligned: Whether rows of x start at multiples of 16 bytes.
     """
 
@@ -86,14 +85,13 @@ class Operands:
     N: int
     bias: torch.dtype | None
     scales: torch.dtype
-    ordered: bool
     aligned: bool
 
     @classmethod
     def of(cls, weight: TiledWeight, bias: Tensor | None, aligned: bool) -> Operands:
         """Those of a product."""
         bias_dtype = None if bias is None else bias.dtype
-        return cls(weight.K, weight.N, bias_dtype, weight.dtype, weight.order is not None, aligned)
+        return cls(weight.K, weight.N, bias_dtype, weight.dtype, aligned)
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -114,8 +112,6 @@ def forget() -> None:
 
 def prepare_launch(problem: Problem, plan: Plan, operands: Operands, device: int) -> Launch:
     """Compile a plan for the current stream of a device."""
-    if isinstance(plan, DecodePlan) and plan.own_digits and operands.ordered:
-        plan = replace(plan, own_digits=False, chunk=4)  # every program putting x in order takes longer
     if isinstance(plan, DequantizePlan):
         launch = functools.partial(_by_floats, problem, plan)
     elif isinstance(plan, MatmulPlan):
@@ -200,7 +196,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
     digits_of_x = _kernels("digits").prepare_digits(
         device,
         problem.dtype,
-        ordered=operands.ordered,
+        ordered=problem.ordered,
         subgroups=subgroups,
         turns=turns,
         tiles=0 if wide else plan.tiles,
@@ -417,12 +413,13 @@ def _in_order(problem: Problem, x: Tensor, weight: TiledWeight) -> Tensor:
 
 def problem_of(M: int, dtype: torch.dtype, device: int, weight: TiledWeight, aligned: bool = True) -> Problem:
     """What plans for M rows of x, which start at multiples of 16 bytes if aligned, and this weight depend on."""
-    half_scales = weight.dtype != torch.float32
+    half_scales, ordered = weight.dtype != torch.float32, weight.order is not None
     # float16 has not the range of bfloat16
-    large = (aligned or weight.order is not None) and weight.N % 8 == 0 and dtype in (weight.dtype, torch.bfloat16)
+    large = (aligned or ordered) and weight.N % 8 == 0 and dtype in (weight.dtype, torch.bfloat16)
     return Problem(
-        M, weight.strips, weight.steps, weight.spec.bits, weight.group_columns, dtype, half_scales, *gpu(device), large
-    )
+        M, weight.strips, weight.steps, weight.spec.bits, weight.group_columns, dtype, half_scales, *gpu(device),
+        large, ordered,
+    )  # fmt: skip
 
 
 @functools.cache

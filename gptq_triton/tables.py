@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 from .atomic import atomic_write
+from .dispatch import with_order
 from .plans import DecodePlan, FusedPlan, LargePlan, MatmulPlan, Problem, WidePlan
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)  # rows of x that share a plan, up to
@@ -26,15 +27,21 @@ def case(problem: Problem) -> str:
     """What a measured plan depends on, as tables name it."""
     rows = next(rows for rows in BUCKETS if rows >= problem.M)
     group = f" g{problem.group_columns}" if problem.group_columns < 128 else ""
-    return f"{problem.strips * 16}x{problem.steps * 128} w{problem.bits}{group} m{rows}"
+    order = " act-order" if problem.ordered else ""
+    return f"{problem.strips * 16}x{problem.steps * 128} w{problem.bits}{group}{order} m{rows}"
 
 
 def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
-    """The measured plan for a case on a GPU, or None: the user's own before the shipped one."""
+    """The measured plan for a case on a GPU, or None: the user's own before the shipped one.
+
+    A weight with act-order that was not measured has the plan of one without, where the order costs it little.
+    """
     if BUCKETS[-1] < problem.M or not problem.takes_digits:
         return None
     found = _table(gpu).get(case(problem))
     plan = None if found is None else plan_from(found)
+    if plan is None and problem.ordered and (plan := lookup(gpu, replace(problem, ordered=False))) is not None:
+        plan = with_order(problem, plan)
     return None if isinstance(plan, LargePlan) and not problem.takes_large else plan
 
 

@@ -366,7 +366,9 @@ def test_every_kernel_of_every_case_is_compiled_ahead_once():
 
     from gptq_triton import dispatch, plans
 
-    every = list(tune.jobs([(28672, 4096, 4, 128), (4096, 4096, 4, 128), (4096, 4096, 8, 128)], "sm_90", 132))
+    every = list(
+        tune.jobs([(28672, 4096, 4, 128, False), (4096, 4096, 4, 128, True), (4096, 4096, 8, 128, False)], "sm_90", 132)
+    )
     found = ahead.distinct(every)
 
     def kernel(problem: plans.Problem, plan: plans.FusedPlan) -> tuple:

@@ -31,7 +31,7 @@ H200 = Problem(1, 256, 32, 4, 128, torch.float16, True, "sm_90", 132)
 
 problems = st.builds(
     Problem,
-    M=st.integers(1, 3000),
+    M=st.integers(1, 16) | st.integers(1, 3000),
     strips=st.integers(1, 5000),
     steps=st.integers(1, 400),
     bits=st.sampled_from(BITS),
@@ -41,6 +41,7 @@ problems = st.builds(
     arch=st.sampled_from(ARCHS),
     multiprocessors=st.sampled_from((20, 82, 132, 148)),
     large=st.booleans(),
+    ordered=st.booleans(),
 )
 
 
@@ -54,15 +55,16 @@ def test_every_plan_can_be_launched(problem, batch_invariant):
         assert 1 <= plan.split <= problem.steps
         if isinstance(plan, DecodePlan):
             assert problem.takes_digits
-            assert batch_invariant or plan.tiles * min(4, problem.group_columns // 32) >= problem.M
+            assert batch_invariant or plan.tiles * plan.rows_of_tile(problem) >= problem.M
             assert plan.chunk % plan.depth == 0
             assert plan.warps_n * plan.warps_k <= 16
-            per_step = plan.tiles * 1056
+            per_step = plan.tiles * (1024 + 32 * plan.turns(problem))
             used = (2 - plan.own_digits) * plan.chunk * plan.warps_k * per_step
             used += 256 * plan.tiles * plan.strips * plan.warps_n * plan.warps_k
             assert used <= SHARED_MEMORY.get(problem.arch, 101376) or plan.chunk == 1
             if plan.own_digits:
                 assert plan.tiles == 1
+                assert not problem.ordered
                 assert plan.chunk * plan.warps_k * plan.split >= problem.steps
                 assert plan.chunk % (2 * plan.warps_n) == 0  # whole passes of two steps a warp
         elif isinstance(plan, WidePlan):
@@ -242,12 +244,39 @@ def test_tables(tmp_path, monkeypatch):
     tables._table.cache_clear()
 
 
+def test_tables_of_weights_with_act_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQ_TRITON_CACHE", str(tmp_path))
+    tables._table.cache_clear()
+    plain = replace(H200, strips=3, steps=5)
+    ordered = replace(plain, ordered=True)
+    few, wide, many = DecodePlan(1, 1, 2, 8, 4, 6, 1, own_digits=True), WidePlan(8, 4, 8, 2), LargePlan(16, 2, 8, 2, 2)
+    rows = {1: few, 8: wide, 16: many, 32: many}
+    tables.save("a-gpu", {tables.case(replace(plain, M=M)): plan for M, plan in rows.items()})
+    assert tables.lookup("a-gpu", ordered) == replace(few, chunk=4, own_digits=False)
+    assert tables.lookup("a-gpu", replace(ordered, M=8)) == wide
+    assert tables.lookup("a-gpu", replace(ordered, M=16)) is None  # digits are put in order by their own launch
+    assert tables.lookup("a-gpu", replace(ordered, M=17)) == many
+    own = WidePlan(4, 4, 4, 1)
+    tables.save("a-gpu", {"48x640 w4 act-order m16": own})
+    assert tables.lookup("a-gpu", replace(ordered, M=16)) == own
+    assert tables.lookup("a-gpu", replace(plain, M=16)) == many
+    tables._table.cache_clear()
+
+
+def test_few_rows_with_act_order_are_multiplied_as_digits():
+    for strips, steps in ((256, 32), (512, 224), (3200, 40)):
+        for M in (4, 8, 16):
+            assert isinstance(
+                choose(replace(H200, strips=strips, steps=steps, M=M, ordered=True)), (DecodePlan, WidePlan)
+            )
+
+
 def test_the_shipped_table_holds_plans_of_its_cases():
     for name, record in tables.shipped("h200").items():
-        shape, width, *group, rows = name.split()
+        shape, width, *other, rows = name.split()
         N, K = map(int, shape.split("x"))
-        columns = int(group[0][1:]) if group else 128
+        columns = next((int(word[1:]) for word in other if word[0] == "g"), 128)
         shape_of = {"strips": N // 16, "steps": K // 128, "bits": int(width[1:]), "group_columns": columns}
-        problem = replace(H200, M=int(rows[1:]), **shape_of)
+        problem = replace(H200, M=int(rows[1:]), ordered="act-order" in other, **shape_of)
         assert tables.case(problem) == name
         assert tables.plan_from(record) in set(candidates(problem))

@@ -32,8 +32,8 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
     found: dict[object, Job] = {}
     for problem, plan in jobs:
         if not isinstance(plan, (MatmulPlan, DequantizePlan)):
-            rows = problem.M if isinstance(plan, DecodePlan) and plan.own_digits else None
-            rows = problem.rows_of_wide if isinstance(plan, WidePlan) else rows
+            own = isinstance(plan, DecodePlan) and plan.own_digits
+            rows = plan.rows(problem) if isinstance(plan, WidePlan) else problem.M if own else None
             kind = (problem.bits, problem.dtype, problem.group_columns, rows)
             found.setdefault((kind, replace(plan, split=min(plan.split, 2))), (problem, plan))
     return list(found.values())

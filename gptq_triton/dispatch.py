@@ -96,8 +96,9 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
             yield from _wide(problem)
     if problem.takes_large and rows > few:
         yield from _large(problem)
-    first = 16 if problem.takes_large else few if problem.takes_digits else 0  # below, the others are never slower
-    if first < rows <= ROWS_OF_MATMUL:
+    # up to so many rows the others are never slower
+    fewest = ROWS_OF_DIGITS if problem.takes_large else few if problem.takes_digits else 0
+    if fewest < rows <= ROWS_OF_MATMUL:
         yield from _matmul(problem)
 
 
@@ -126,7 +127,7 @@ _HOPPER = {
 _NVIDIA = {16: ((128, 4, 3, None),), 32: ((128, 4, 3, None),)}
 _AMD = {16: ((64, 4, 2, None),), 64: ((64, 4, 2, None),)}
 _FLOAT = {16: ((32, 8, 2, None),)}
-_STEP_BYTES = 1024 + 32  # of digits and sums, for a tile of x
+_DIGIT_BYTES, _SUM_BYTES = 1024, 32  # of a step, for a tile of x; sums for each group that is taken in turn
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 elsewhere
 
@@ -141,7 +142,7 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
     turns = problem.subgroups if in_turn else 1
     tiles = next(tiles for tiles in _DECODE if 4 * tiles >= problem.M * problem.subgroups // turns)
     for strips, warps_n, warps_k, depth, chunk in _DECODE[tiles][problem.bits]:
-        step = tiles * (1024 + 32 * turns)
+        step = tiles * (_DIGIT_BYTES + turns * _SUM_BYTES)
         room = _room(problem, tiles * strips * warps_n * warps_k)
         while chunk > 1 and 2 * chunk * warps_k * step > room:
             chunk //= 2
@@ -155,25 +156,27 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
         if one_by_one.programs(problem) < -(-problem.strips // one_by_one.strips_of_program):
             plans.append(one_by_one)
         yield from plans
-        if tiles == 1 and turns == 1 and not problem.ordered:  # every program putting x in order takes longer
-            own = (with_own_digits(problem, replace(plan, depth=depth)) for plan in plans)
-            yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 0.9)
+        own = (with_own_digits(problem, replace(plan, depth=depth)) for plan in plans)
+        yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 0.9)
 
 
 def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
     """The same tiles for programs that find the digits of x themselves; None where these do not fit."""
+    if plan.in_turn or plan.rows_of_tile(problem) < problem.M:
+        return None
+    if problem.ordered:
+        return None  # every program putting x in order takes longer
     rounds = math.ceil(math.ceil(problem.steps / plan.warps_k) / plan.split)
     chunk = math.ceil(rounds / (2 * plan.warps_n)) * 2 * plan.warps_n  # whole passes of two steps a warp
     room = _room(problem, plan.strips * plan.warps_n * plan.warps_k)
-    if plan.rows_of_tile(problem) < problem.M or chunk * plan.warps_k * _STEP_BYTES > room:
-        return None
-    return replace(plan, chunk=chunk, own_digits=True)
+    fit = chunk * plan.warps_k * (_DIGIT_BYTES + _SUM_BYTES) <= room
+    return replace(plan, chunk=chunk, own_digits=True) if fit else None
 
 
 def with_order(problem: Problem, plan: FusedPlan) -> FusedPlan | None:
     """A plan for the same product without act-order, changed as the order asks; None where others suit it better."""
     if isinstance(plan, DecodePlan) and plan.own_digits:
-        return replace(plan, depth=min(plan.depth, 4), chunk=4, own_digits=False)
+        return replace(plan, chunk=4, own_digits=False)
     many = ROWS_OF_DIGITS // problem.subgroups < problem.M
     return plan if many or isinstance(plan, (DecodePlan, WidePlan)) else None
 
@@ -318,7 +321,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
         filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent and not more else 0.4
         digits += _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):
-        resident, cycles = max(1, 16 // plan.warps), {8: 150, 16: 230}[problem.rows_of_wide]
+        resident, cycles = max(1, 16 // plan.warps), {8: 150, 16: 230}[plan.rows(problem)]
         filling = 1.5
     else:
         resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m + 58 * more

@@ -62,11 +62,6 @@ class Problem:
         return groups_of_step(self.group_columns)
 
     @property
-    def rows_of_wide(self) -> int:
-        """Rows of x that a program of the wide kernel multiplies."""
-        return 8 if self.M <= 8 else 16
-
-    @property
     def capability(self) -> int:
         """NVIDIA's compute capability times ten; 0 for others."""
         return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
@@ -100,6 +95,10 @@ class DecodePlan:
         """Rows of x in a tile, whose eight columns are two digits for each row, and each group unless in turn."""
         return 4 * self.turns(problem) // problem.subgroups
 
+    def rows(self, problem: Problem) -> int:
+        """Rows of x that a program multiplies."""
+        return self.tiles * self.rows_of_tile(problem)
+
     def programs(self, problem: Problem) -> int:
         """Over the strips: one for each tile, or as few as are as fast when each takes one tile after another."""
         tiles = -(-problem.strips // self.strips_of_program)
@@ -122,6 +121,18 @@ class WidePlan:
     def strips_of_program(self) -> int:
         """Strips that a program owns: one a warp."""
         return self.warps
+
+    def turns(self, problem: Problem) -> int:
+        """Groups of a step that have products of their own: a step has one."""
+        return 1
+
+    def rows(self, problem: Problem) -> int:
+        """Rows of x that a program multiplies."""
+        return 8 if problem.M <= 8 else 16
+
+    def programs(self, problem: Problem) -> int:
+        """Over the strips."""
+        return -(-problem.strips // self.strips_of_program)
 
 
 @dataclass(frozen=True)

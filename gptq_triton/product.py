@@ -146,7 +146,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
     M, K, N, split = problem.M, operands.K, operands.N, plan.split
     strips, steps, programs = problem.strips, problem.steps, plan.programs(problem)
     tiles = asdict(plan)
-    del tiles["own_digits"], tiles["in_turn"]
+    del tiles["own_digits"]
     multiply = _kernels("decode").prepare_decode(
         device,
         problem.dtype,
@@ -158,7 +158,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         **tiles,
     )
     counters = -(-strips // plan.strips_of_program)  # of tiles
-    words = split * counters * 16 * plan.strips_of_program * plan.rows_of_tile(problem)
+    words = split * counters * 16 * plan.strips_of_program * plan.rows(problem)
     scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -177,11 +177,10 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
 def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
     """Two launches: the digits of x, then the product."""
     M, K, N = problem.M, operands.K, operands.N
-    strips, steps, split = problem.strips, problem.steps, plan.split
+    strips, steps, split, programs = problem.strips, problem.steps, plan.split, plan.programs(problem)
     pdl = problem.capability >= 90
     wide = isinstance(plan, WidePlan)
-    rows = problem.rows_of_wide if wide else plan.tiles * plan.rows_of_tile(problem)
-    turns = 1 if wide else plan.turns(problem)
+    rows, turns = plan.rows(problem), plan.turns(problem)
     subgroups = problem.subgroups // turns
     chosen = asdict(plan) | ({"rows": rows} if wide else {})
     chosen.pop("own_digits", None)
@@ -204,7 +203,6 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         pdl=pdl,
     )
     tiles = -(-strips // plan.strips_of_program)
-    programs = tiles if wide else plan.programs(problem)
     # one piece of memory, in words: digits, sums, workspace
     columns = rows * subgroups
     digit_words, sum_words = steps * columns * 64, steps * columns * 2 * turns

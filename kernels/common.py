@@ -3,6 +3,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Gluon's own types are constexprs here and tensors there)
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -20,6 +22,11 @@ class Constants:
     """What a kernel is compiled for, as one constexpr: known by its ``key``."""
 
     key: tuple
+
+    def keep(self, **constants: Any) -> None:
+        """Each as an attribute."""
+        for name, value in constants.items():
+            setattr(self, name, gl.constexpr(value))
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.key == self.key
@@ -56,8 +63,7 @@ class Text(Constants):
             "meta1": meta_asm(bits, 1, scales_bf16, signed=warpgroup),
             "product": product_asm(turns),
         }.items():
-            setattr(self, name, gl.constexpr(asm))
-            setattr(self, name + "_constraints", gl.constexpr(constraints))
+            self.keep(**{name: asm, f"{name}_constraints": constraints})
 
 
 @gluon.jit

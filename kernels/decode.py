@@ -89,9 +89,7 @@ def _pointers(
 
 
 @gluon.jit
-def _load_meta(
-    ptrs, step, strips, SUBGROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr
-):  # fmt: skip
+def _load_meta(ptrs, step, strips, SUBGROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr):
     """The meta words of a step, for each group that is taken in turn."""
     meta = ()
     for turn in gl.static_range(TURNS):
@@ -117,7 +115,7 @@ def _step(
         args = a
         for i in gl.static_range(8):
             args = args + (_every_strip(_pieces(b, 8, WARPS_K)[i], L, SHAPE),)
-        # unit, sum; what is beyond the turns is nothing
+        # the unit, and a sum for each turn; what is beyond them is nothing
         numbers = _pieces(sums.slice(tile, 1, dim=1).load(UL).reshape((WARPS_K, 4, 2 * TURNS)), 2 * TURNS, WARPS_K)
         for turn in gl.static_range(TURNS):
             args = args + groups[turn] + (_every_strip(_every_g(numbers[1 + turn], GL), L, SHAPE),)

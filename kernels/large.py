@@ -57,10 +57,7 @@ class Tiles(Form):
     """What the kernel is compiled for, as one constexpr.
 
     Args:
-        bits: 2, 3, 4 or 8.
-        bf16: Whether x is bfloat16, not float16.
-        scales_bf16: Whether scales are.
-        group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
+        bits, bf16, scales_bf16, group_columns: As `Form` takes them.
         block_m: Rows of x of a tile: a power of two from 16 to 256.
         groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
         stages: Steps in the ring.

@@ -8,8 +8,6 @@ scale, rounded as dequantize.py rounds it, each where tensor cores want it. Sour
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 # (Gluon's own types are constexprs here and tensors there)
 
-from typing import Any
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -53,11 +51,6 @@ class Form(Constants):
                 [[0, 1]], [[0, 0]] * 2 + [[0, 2 * b] for b in bits_of(8)], [[0, 16], [0, 32]], [1, 16 * strips]
             ),
         )
-
-    def keep(self, **constants: Any) -> None:
-        """Each as an attribute."""
-        for name, value in constants.items():
-            setattr(self, name, gl.constexpr(value))
 
 
 @gluon.jit

@@ -366,14 +366,13 @@ def test_every_kernel_of_every_case_is_compiled_ahead_once():
 
     from gptq_triton import dispatch, plans
 
-    every = list(
-        tune.jobs([(28672, 4096, 4, 128, False), (4096, 4096, 4, 128, True), (4096, 4096, 8, 128, False)], "sm_90", 132)
-    )
+    cases = [(28672, 4096, 4, 128, False), (4096, 4096, 4, 128, True), (4096, 4096, 8, 128, False)]
+    every = list(tune.jobs(cases, "sm_90", 132))
     found = ahead.distinct(every)
 
     def kernel(problem: plans.Problem, plan: plans.FusedPlan) -> tuple:
-        rows = problem.M if isinstance(plan, plans.DecodePlan) and plan.own_digits else None
-        rows = problem.rows_of_wide if isinstance(plan, plans.WidePlan) else rows
+        own = isinstance(plan, plans.DecodePlan) and plan.own_digits
+        rows = plan.rows(problem) if isinstance(plan, plans.WidePlan) else problem.M if own else None
         return problem.bits, rows, dataclasses.replace(plan, split=min(plan.split, 2))
 
     kernels = [kernel(*job) for job in found]

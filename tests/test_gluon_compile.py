@@ -49,7 +49,7 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     if own:
         tiles |= {"own_rows": problem.M, "bf16": problem.dtype == torch.bfloat16, "pairs": not bias}
     if module is wide:
-        tiles["rows"] = problem.rows_of_wide
+        tiles["rows"] = plan.rows(problem)
     pdl = problem.capability >= 90
     constants = module.constants(
         problem.bits, problem.dtype == torch.bfloat16, splits=splits, group_columns=problem.group_columns, pdl=pdl,
@@ -76,7 +76,7 @@ def cases():
         for M in (1, 4, 8, 16):
             yield replace(LARGE, M=M, bits=bits), M == 8
     for columns in (64, 32, ONE_GROUP):
-        for M in (columns // 32, 4) if columns < 128 else (1, 4, 16):
+        for M in (1, 2, 4) if columns < 128 else (1, 4, 16):
             yield replace(LARGE, M=M, bits=3, group_columns=columns, dtype=torch.bfloat16), True
     for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
         yield replace(LARGE, M=4, bits=3, arch=arch), False
@@ -93,8 +93,7 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
             plan = replace(plan, split=1 if bias else 2)
             if isinstance(plan, DecodePlan):
                 plan = replace(plan, persistent=bias)
-                splits = () if plan.in_turn else (1, 2, 4, 8, 16)
-                own = (with_own_digits(problem, replace(plan, split=split)) for split in splits)
+                own = (with_own_digits(problem, replace(plan, split=split)) for split in (1, 2, 4, 8, 16))
                 firsts.setdefault("own digits", next(filter(None, own), None))  # the longest that fit
             firsts.setdefault((type(plan), isinstance(plan, DecodePlan) and plan.in_turn), plan)
     assert (DecodePlan, problem.subgroups > 1 and problem.M * problem.subgroups > 4) in firsts
@@ -111,7 +110,7 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
         if isinstance(plan, DecodePlan):
             assert "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32" in ptx
         else:
-            assert f"wgmma.mma_async.sync.aligned.m64n{2 * problem.rows_of_wide}k32.s32.s8.s8" in ptx
+            assert f"wgmma.mma_async.sync.aligned.m64n{2 * plan.rows(problem)}k32.s32.s8.s8" in ptx
             # one fence a chunk of digits, none a step: a fence waits for the words that are on their way
             assert ptx.count("fence.proxy.async") == 2
 

@@ -117,7 +117,11 @@ _DECODE = {
     4: dict.fromkeys((2, 3, 8), ((2, 1, 8, 2, 2),)) | {4: ((2, 1, 8, 2, 2), (1, 4, 4, 2, 4))},
 }
 # (warps, depth, chunk)
-_WIDE = dict.fromkeys((2, 3, 4), ((8, 4, 8), (4, 4, 4))) | {8: ((16, 2, 4), (16, 4, 4), (8, 2, 4), (8, 4, 8))}
+_WIDE = {
+    **dict.fromkeys((2, 3), ((4, 2, 4), (4, 4, 4), (8, 4, 8), (8, 8, 8), (4, 8, 8))),
+    4: ((4, 2, 4), (4, 4, 4), (8, 4, 8), (8, 8, 8)),
+    8: ((4, 2, 4), (8, 2, 4), (16, 2, 4), (8, 4, 8)),
+}
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
     16: ((128, 4, 4, 128), (64, 4, 4, None)),

@@ -88,11 +88,10 @@ def digits_kernel(
         tl.store(ptrs, unit.to(tl.int32, bitcast=True))
         tl.store(ptrs + 1 + group % TURNS, sums)
     else:
-        # for wide.py: rows n = 2 m + digit of 128 bytes, 16-byte pieces (s, hb) swizzled as in shared memory
-        n = 2 * m
-        ptrs = digits_ptr + step * (64 * ROWS) + t
-        tl.store(ptrs + n * 32 + (word ^ n % 8) * 4, high_words)
-        tl.store(ptrs + (n + 1) * 32 + (word ^ (n + 1) % 8) * 4, low_words)
+        # for wide.py: rows 2 m + digit of 128 bytes, words [(s, hb)][t]
+        ptrs = digits_ptr + step * (64 * ROWS) + m * 64 + word * 4 + t
+        tl.store(ptrs, high_words)
+        tl.store(ptrs + 32, low_words)
         # units, then sums; a lane 4 g + t reads all rows 4 j + t at once
         ptr = sums_ptr + step * (2 * ROWS) + m % 4 * (ROWS // 4) + m // 4
         tl.store(ptr, unit.to(tl.int32, bitcast=True))

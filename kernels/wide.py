@@ -4,9 +4,10 @@
 
 As in decode.py, x comes as two signed digits (digits.py) and codes go from memory to registers, a mask for four codes.
 Here the registers are the A operand of ``wgmma``, and the digits of 8 or 16 rows, which all warps share, are its B
-operand in shared memory, so the product runs beside the masks and sums of other warps. A program owns 16 * WARPS rows
-of W and one of several ranges of k; partial sums meet in a workspace, where the last program to arrive adds them in a
-fixed order.
+operand in shared memory, so the product runs beside the masks and sums of other warps. The copy engine brings digits: a
+thread's own copies would need a fence before products may read them, and the fence waits for the words in flight. A
+program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the last
+program to arrive adds them in a fixed order.
 
 Dispatch picks it for 5 to 16 rows where it beats decode.py, for scales of 16 bits. Source: this project.
 """
@@ -21,7 +22,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .common import (
     FENCE,
@@ -37,7 +38,10 @@ from .common import (
     scales_and_zeros,
     unpack,
 )
-from .launch import Launch, prepare
+from .launch import Address, Launch, Map, prepare
+from .warpgroups import described
+
+DIGITS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))
 
 
 @gluon.jit
@@ -85,12 +89,12 @@ def _step(
     """acc + scale * unit * ((code - zero) . q) over 128 columns: [strip, g, t, j, r8], row 4 j + t of x."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * ROWS, 32])
     P: gl.constexpr = acc.type.layout
+    unit = _rows_of_x(sums.slice(0, 1, dim=0), ROWS, ZL, P).to(gl.float32, bitcast=True)
+    summed = _rows_of_x(sums.slice(1, 1, dim=0), ROWS, ZL, P)
     a = _operand(unpack(q, T), WARPS, gl.DotOperandLayout(0, mma, 4))
     zero = gl.zeros((16 * WARPS, 2 * ROWS), gl.int32, mma)
     c = warpgroup_mma(a, digits.permute((1, 0)), zero, use_acc=False, is_async=True)
-    unit = _rows_of_x(sums.slice(0, 1, dim=0), ROWS, ZL, P).to(gl.float32, bitcast=True)
     s0, s1, z0, z1 = scales_and_zeros(meta, T)
-    summed = _rows_of_x(sums.slice(1, 1, dim=0), ROWS, ZL, P)
     zeros = _rows_of_w(z0, z1, P)
     scales = _rows_of_w(s0, s1, P)
     c = warpgroup_mma_wait(0, deps=(c,))
@@ -100,12 +104,25 @@ def _step(
     return acc + (high * 256 + low + zeros * summed).to(gl.float32) * (scales * unit)
 
 
+@gluon.jit
+def _copy_chunk(digits, sums_ptr, sum_offs, row, staged, side, first, end):
+    """Start copying the digits and sums of steps first ... end, as many as a side of shared memory has room for."""
+    staged_digits, staged_sums, full = staged
+    columns: gl.constexpr = staged_digits.shape[1] // staged_sums.shape[1]  # of a step
+    if first < end:
+        mbarrier.expect(full.index(side), digits.block_type.nbytes)
+        tma.async_copy_global_to_shared(digits, [first * columns, 0], full.index(side), staged_digits.index(side))
+    present = gl.expand_dims(row + first < end, 1)
+    async_copy.async_copy_global_to_shared(staged_sums.index(side), sums_ptr + first * columns + sum_offs, mask=present)
+    async_copy.commit_group()
+
+
 @gluon.jit(
     do_not_specialize=["M", "N", "steps", "strips", "stride_ym"],
     do_not_specialize_on_alignment=["bias_ptr"],
 )
 def wide_kernel(
-    digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
+    digits, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
     M, N, steps, strips, stride_ym,
     T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr,
     SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr, ML: gl.constexpr,
@@ -113,8 +130,6 @@ def wide_kernel(
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program."""
     STEP_WORDS: gl.constexpr = 64 * T.bits
-    DIGITS: gl.constexpr = 64 * ROWS  # words of a step
-    WIDTH: gl.constexpr = 2 * ROWS
 
     # Which tile is mine: strips WARPS * pid_n ..., steps lo ... hi
     pid_n = gl.program_id(0)
@@ -133,14 +148,16 @@ def wide_kernel(
     strip_m = gl.minimum(pid_n * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, ML)), strips - 1)
     m_ptrs = meta_ptr + gl.expand_dims(strip_m, 1) * 16 + gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, ML)), 0) * 2
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, CL))
-    digit_offs = gl.expand_dims(row, 1) * DIGITS + gl.expand_dims(gl.arange(0, DIGITS, gl.SliceLayout(0, CL)), 0)
-    sum_offs = gl.expand_dims(row, 1) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CL)), 0)
-    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
+    sum_offs = gl.expand_dims(row, 1) * (2 * ROWS) + gl.expand_dims(gl.arange(0, 2 * ROWS, gl.SliceLayout(0, CL)), 0)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    digits = gl.allocate_shared_memory(gl.int8, [2 * CHUNK, 2 * ROWS, 128], SWIZZLED)
-    sums = gl.allocate_shared_memory(gl.int32, [2 * CHUNK, 2, ROWS], FLAT)
-    digit_chunks = digits._reinterpret(gl.int32, [2, CHUNK, DIGITS], FLAT)
-    sum_chunks = sums._reinterpret(gl.int32, [2, CHUNK, WIDTH], FLAT)
+    staged_digits = gl.allocate_shared_memory(gl.int8, [2, CHUNK * 2 * ROWS, 128], DIGITS_LAYOUT)
+    staged_sums = gl.allocate_shared_memory(gl.int32, [2, CHUNK, 2 * ROWS], FLAT)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for side in gl.static_range(2):
+        mbarrier.init(full.index(side), count=1)
+    staged = (staged_digits, staged_sums, full)
+    step_digits = staged_digits._reinterpret(gl.int8, [2 * CHUNK, 2 * ROWS, 128], DIGITS_LAYOUT)
+    step_sums = staged_sums._reinterpret(gl.int32, [2 * CHUNK, 2, ROWS], FLAT)
     q = ()
     meta = ()
     step = lo
@@ -148,42 +165,34 @@ def wide_kernel(
         q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
         meta = meta + (load_meta(m_ptrs, gl.minimum(step, last) // GROUP_STEPS, strips),)
         step += 1
+    barrier()  # the mbarriers are there
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
         do(LAUNCH_DEPENDENTS)  # what follows may count on those kernels without waiting for this one
-    present = gl.expand_dims(row + lo < hi, 1)
-    async_copy.async_copy_global_to_shared(digit_chunks.index(0), digits_ptr + lo * DIGITS + digit_offs, mask=present)
-    async_copy.async_copy_global_to_shared(sum_chunks.index(0), sums_ptr + lo * WIDTH + sum_offs, mask=present)
-    async_copy.commit_group()
+    _copy_chunk(digits, sums_ptr, sum_offs, row, staged, 0, lo, hi)
     acc = gl.zeros((WARPS, 8, 4, ROWS // 4, 2), gl.float32, P)
 
     # The loop over k: chunks of digits, steps
     side = 0
+    phase = 0
     for chunk in range(lo, hi, CHUNK):
         async_copy.wait_group(0)
-        fence_async_shared()
-        barrier()
-        first = chunk + CHUNK
-        present = gl.expand_dims(row + first < hi, 1)
-        async_copy.async_copy_global_to_shared(
-            digit_chunks.index(1 - side), digits_ptr + first * DIGITS + digit_offs, mask=present
-        )
-        async_copy.async_copy_global_to_shared(
-            sum_chunks.index(1 - side), sums_ptr + first * WIDTH + sum_offs, mask=present
-        )
-        async_copy.commit_group()
-        fence_async_shared()  # once a chunk, or the compiler adds one to every step
+        barrier()  # all are done with the other side
+        _copy_chunk(digits, sums_ptr, sum_offs, row, staged, 1 - side, chunk + CHUNK, hi)
+        mbarrier.wait(full.index(side), phase)
         barrier()  # before the first read of the chunk, or the compiler adds one to every step
         n = gl.minimum(CHUNK, hi - chunk)
         for i in range(0, n, DEPTH):
             for d in gl.static_range(DEPTH):
                 if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
                     stage = side * CHUNK + i + d
-                    acc = _step(acc, q[d], meta[d], digits.index(stage), sums.index(stage), T, ROWS, WARPS, ZL)
+                    b, sums = step_digits.index(stage), step_sums.index(stage)
+                    acc = _step(acc, q[d], meta[d], b, sums, T, ROWS, WARPS, ZL)
                 q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
                 meta = meta[:d] + (load_meta(m_ptrs, gl.minimum(step, last) // GROUP_STEPS, strips),) + meta[d + 1 :]
                 step += 1
                 do(FENCE)
+        phase ^= side
         side = 1 - side
     async_copy.wait_group(0)
 
@@ -273,5 +282,12 @@ def prepare_wide(
     """
     names = constants(bits, scales_bf16, rows, warps, depth, chunk, split > 1, group_columns, pdl)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
-    pointers = (*[torch.int32] * 4, bias, dtype, *meeting)
-    return prepare(wide_kernel, device, pointers, 5, names, num_warps=warps, launch_pdl=pdl)
+    digits_box = described(torch.int8, [chunk * 2 * rows, 128], DIGITS_LAYOUT.value)
+    pointers = (digits_box, *[torch.int32] * 3, bias, dtype, *meeting)
+    run = prepare(wide_kernel, device, pointers, 5, names, num_warps=warps, launch_pdl=pdl)
+
+    def launch(programs: int, split: int, stream: int, digits: int, *arguments: int | None) -> None:
+        steps = arguments[-3]
+        run(programs, split, stream, Map(Address(digits), [steps * 2 * rows, 128], [128, 1]), *arguments)
+
+    return launch

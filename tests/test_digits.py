@@ -44,8 +44,7 @@ def run(
                     columns = []
                     for n in range(row_columns * m, row_columns * (m + 1)):
                         if wide:
-                            piece = (2 * s + hb) ^ n % 8
-                            four = stored.view(steps, 2 * rows, 8, 4, 4)[:, n, piece, t]
+                            four = stored.view(steps, 2 * rows, 8, 4, 4)[:, n, 2 * s + hb, t]
                         else:
                             lane = 4 * (n % 8) + t
                             four = stored.view(steps, tiles, 2, 32, 2, 2, 4)[:, n // 8, s // 2, lane, s % 2, hb]

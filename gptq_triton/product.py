@@ -157,8 +157,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         aligned=operands.aligned and K % 2 == 0,
         **tiles,
     )
-    counters = -(-strips // plan.strips_of_program)  # of tiles
-    words = split * counters * 16 * plan.strips_of_program * plan.rows(problem)
+    words, counters = _meeting(problem, plan)
     scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -202,16 +201,11 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         rows=rows if wide else 0,
         pdl=pdl,
     )
-    tiles = -(-strips // plan.strips_of_program)
-    # one piece of memory, in words: digits, sums, workspace
+    # one piece of memory, in words: digits, sums, partial sums
     columns = rows * subgroups
     digit_words, sum_words = steps * columns * 64, steps * columns * 2 * turns
-    words = digit_words + sum_words
-    if split > 1:
-        words += split * tiles * 16 * plan.strips_of_program * rows
-    counters = tiles if split > 1 else 0
-    no_x = () if wide else (None,)
-    sizes = (M, N, steps, strips, N) if wide else (M, N, K, steps, strips, K, N)
+    partial_words, counters = _meeting(problem, plan)
+    words = digit_words + sum_words + partial_words
     scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -225,14 +219,22 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
                 x.data_ptr(), None if order is None else order.data_ptr(), digits, sums, K, stride,
             )  # fmt: skip
             multiply(
-                programs, split, stream, *no_x,
+                programs, split, stream, None,
                 digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(),
                 None if bias is None else bias.data_ptr(), y.data_ptr(),
                 sums + 4 * sum_words if split > 1 else None, zeros if split > 1 else None,
-                *sizes,
+                M, N, K, steps, strips, K, N,
             )  # fmt: skip
 
     return launch
+
+
+def _meeting(problem: Problem, plan: DecodePlan | WidePlan) -> tuple[int, int]:
+    """Words of the partial sums of programs that share tiles of y, and the tiles."""
+    if plan.split == 1:
+        return 0, 0
+    tiles = -(-problem.strips // plan.strips_of_program)
+    return plan.split * tiles * STRIP * plan.strips_of_program * plan.rows(problem), tiles
 
 
 def _matmul(

@@ -31,47 +31,44 @@ class Form(Constants):
     def __init__(self, bits: int, bf16: bool, scales_bf16: bool, subgroups: int) -> None:
         stage = STAGE.value
         self.key = (bits, bf16, scales_bf16, subgroups)
-        self.bits = gl.constexpr(bits)
-        self.dtype = gl.constexpr(gl.bfloat16 if bf16 else gl.float16)
-        self.scales = gl.constexpr(gl.bfloat16 if scales_bf16 else gl.float16)
-        self.mixed = gl.constexpr(bf16 != scales_bf16)
-        self.width = gl.constexpr(256 if bits == 8 else 128)  # words of a box
-        self.boxes = gl.constexpr(2 if bits in (4, 8) else 1)
-        self.meta_boxes = gl.constexpr(min(subgroups, 2))
-        self.meta_rows = gl.constexpr(max(1, subgroups // 2))  # of a box
-        self.subgroups = gl.constexpr(subgroups)
         asm = [transposed_ptx(bits, upper, bf16, bf16 != scales_bf16) for upper in (False, True)]
-        self.lower_asm, self.upper_asm = gl.constexpr(asm[0][0]), gl.constexpr(asm[1][0])
-        self.constraints = gl.constexpr(asm[0][1])
         strips = [[b, 0] for b in bits_of(stage)]
         lanes = [[0, 4 * b] for b in bits_of(32)]
         if bits == 8:
-            layout = linear([[0, 1], *strips], lanes, [[0, 2], [0, 128]], [stage, 256])
+            words = linear([[0, 1], *strips], lanes, [[0, 2], [0, 128]], [stage, 256])
         elif bits == 3:
-            layout = linear([[0, 1], [0, 2], *strips], lanes, [[0, 0], [0, 0]], [stage, 128])
+            words = linear([[0, 1], [0, 2], *strips], lanes, [[0, 0], [0, 0]], [stage, 128])
         else:
-            layout = linear(strips, lanes, [[0, 1], [0, 2]], [stage, 128])
-        self.words = gl.constexpr(layout)
-        self.low_words = gl.constexpr(
-            linear([[0, 1], *strips], [[0, 2 * b] for b in bits_of(32)], [[0, 0], [0, 0]], [stage, 64])
-        )
+            words = linear(strips, lanes, [[0, 1], [0, 2]], [stage, 128])
         of_warp = [[0, 0], [1, 0] if subgroups == 4 else [0, 0]]
-        self.meta = gl.constexpr(
-            linear(
+        self.keep(
+            bits=bits,
+            dtype=gl.bfloat16 if bf16 else gl.float16,
+            scales=gl.bfloat16 if scales_bf16 else gl.float16,
+            mixed=bf16 != scales_bf16,
+            width=256 if bits == 8 else 128,  # words of a box
+            boxes=2 if bits in (4, 8) else 1,
+            meta_boxes=min(subgroups, 2),
+            meta_rows=max(1, subgroups // 2),  # of a box
+            subgroups=subgroups,
+            lower_asm=asm[0][0],
+            upper_asm=asm[1][0],
+            constraints=asm[0][1],
+            words=words,
+            low_words=linear([[0, 1], *strips], [[0, 2 * b] for b in bits_of(32)], [[0, 0], [0, 0]], [stage, 64]),
+            meta=linear(
                 [[0, 1], *[[0, 16 * b] for b in bits_of(stage)]], [[0, 0]] * 2 + [[0, 2 * b] for b in bits_of(8)],
                 of_warp, [max(1, subgroups // 2), 16 * stage],
-            )
-        )  # fmt: skip
-        strips = [[b, 0, 0] for b in bits_of(stage)]
-        self.lanes = gl.constexpr(
-            linear(strips, [[0, b, 0] for b in bits_of(32)], [[0, 0, 1], [0, 0, 2]], [stage, 32, 4])
-        )
-        self.spread = gl.constexpr(
-            linear(
+            ),
+            lanes=linear(
+                [[b, 0, 0] for b in bits_of(stage)], [[0, b, 0] for b in bits_of(32)], [[0, 0, 1], [0, 0, 2]],
+                [stage, 32, 4],
+            ),
+            spread=linear(
                 [[b, 0, 0, 0, 0] for b in bits_of(stage)],
                 [[0, 0, b, 0, 0] for b in bits_of(4)] + [[0, b, 0, 0, 0] for b in bits_of(8)],
                 [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]], [stage, 8, 4, 2, 2],
-            )
+            ),
         )  # fmt: skip
 
 

@@ -275,10 +275,8 @@ def prepare_wide(
         pdl: Programmatic dependent launch.
 
     Returns:
-        ``launch(programs, split, stream, digits, sums, words, meta, bias, y, workspace, counters, M, N, steps,
-        all_strips, stride_ym)``, with ``programs = ceil(all_strips / warps)``; tensors as
-        `decode.prepare_decode` says, M at most ``rows``, the workspace of split * programs * 16 * warps * rows
-        elements.
+        A launch as `decode.prepare_decode` returns it, without x: M at most ``rows``, ``programs = ceil(all_strips /
+        warps)``, the workspace of split * programs * 16 * warps * rows elements.
     """
     names = constants(bits, scales_bf16, rows, warps, depth, chunk, split > 1, group_columns, pdl)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
@@ -286,8 +284,15 @@ def prepare_wide(
     pointers = (digits_box, *[torch.int32] * 3, bias, dtype, *meeting)
     run = prepare(wide_kernel, device, pointers, 5, names, num_warps=warps, launch_pdl=pdl)
 
-    def launch(programs: int, split: int, stream: int, digits: int, *arguments: int | None) -> None:
-        steps = arguments[-3]
-        run(programs, split, stream, Map(Address(digits), [steps * 2 * rows, 128], [128, 1]), *arguments)
+    def launch(
+        programs: int, split: int, stream: int, x: None, digits: int, sums: int, words: int, meta: int,
+        bias: int | None, y: int, workspace: int | None, counters: int | None,
+        M: int, N: int, K: int, steps: int, strips: int, stride_xm: int, stride_ym: int,
+    ) -> None:  # fmt: skip
+        digits_map = Map(Address(digits), [steps * 2 * rows, 128], [128, 1])
+        run(
+            programs, split, stream, digits_map, sums, words, meta, bias, y, workspace, counters,
+            M, N, steps, strips, stride_ym,
+        )  # fmt: skip
 
     return launch

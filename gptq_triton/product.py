@@ -199,6 +199,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         turns=turns,
         tiles=0 if wide else plan.tiles,
         rows=rows if wide else 0,
+        aligned=operands.aligned and K % 2 == 0,
         pdl=pdl,
     )
     # one piece of memory, in words: digits, sums, partial sums

@@ -57,8 +57,11 @@ def tune(
             problems = [product.problem_of(M, dtype, device, weight) for M in rows]
             missing = [p for p in problems if p.takes_digits and tables.case(p) not in best]
             copies = _copies(weight) if missing else []
-            for problem in missing:
-                times = {plan: _time(problem, plan, copies) for plan in dispatch.candidates(problem)}
+            fastest = None
+            for problem in sorted(missing, key=lambda problem: -problem.M):
+                # what is best for more rows may be best for fewer, although it is not a candidate there
+                plans = [*dispatch.candidates(problem), *([] if fastest is None else [fastest])]
+                times = {plan: _time(problem, plan, copies) for plan in plans}
                 best[tables.case(problem)] = fastest = min(times, key=lambda plan: times[plan])
                 if say is not None:
                     say(f"{tables.case(problem)}: {times[fastest]:.2f} us, {fastest}")

@@ -13,7 +13,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .integer_ptx import digits_asm, largest_asm
 from .launch import Launch, prepare
+
+STEPS = 2  # of a program, which is a warp
 
 
 @triton.jit
@@ -26,80 +29,145 @@ def units(largest):
     return ((141 - exponent) << 23).to(tl.float32, bitcast=True), unit
 
 
-@triton.jit(do_not_specialize=["K", "stride_xm"], do_not_specialize_on_alignment=["x_ptr"])
+@triton.jit
+def _pair(ptr, first, second, K):
+    """Columns ``first`` and ``second`` of a row as the halves of a word; 0 outside."""
+    low = tl.load(ptr + first, mask=(first >= 0) & (first < K), other=0).to(tl.int16, bitcast=True)
+    high = tl.load(ptr + second, mask=(second >= 0) & (second < K), other=0).to(tl.int16, bitcast=True)
+    return low.to(tl.int32) & 0xFFFF | high.to(tl.int32) << 16
+
+
+@triton.jit
+def _largest(words, HALF: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr):
+    """Of four words of two halves, the largest without its sign, as the bits of a float32."""
+    if ASM is None:
+        largest = tl.zeros_like(words[0])
+        for i in tl.static_range(4):
+            low, high = _floats(words[i], HALF)
+            largest = tl.maximum(largest, low.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            largest = tl.maximum(largest, high.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    else:
+        largest = tl.inline_asm_elementwise(ASM, CONSTRAINTS, words, tl.int32, is_pure=True, pack=1)
+        largest = largest.to(tl.int16).to(HALF, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+    return largest
+
+
+@triton.jit
+def _floats(word, HALF: tl.constexpr):
+    """The halves of a word."""
+    low = word.to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
+    return low, (word >> 16).to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _digits(words, per_unit, HALF: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr):
+    """Of words [hb][i1] with halves [i0]: high digits [hb], low ones [hb], byte 2 i0 + i1 each, and minus the sum."""
+    if ASM is None:
+        total = tl.zeros_like(words[0])
+        highs, lows = (), ()
+        for hb in tl.static_range(2):
+            high_word, low_word = tl.zeros_like(total), tl.zeros_like(total)
+            for i1 in tl.static_range(2):
+                halves = _floats(words[2 * hb + i1], HALF)
+                for i0 in tl.static_range(2):
+                    # to nearest, by the addition's rounding
+                    q = (halves[i0] * per_unit + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+                    high_word |= (((q + 128) >> 8) & 255) << 16 * i0 + 8 * i1
+                    low_word |= (q & 255) << 16 * i0 + 8 * i1
+                    total -= q
+            highs, lows = highs + (high_word,), lows + (low_word,)
+        out = highs + lows + (total,)
+    else:
+        inputs = words + (per_unit,)
+        out = tl.inline_asm_elementwise(ASM, CONSTRAINTS, inputs, (tl.int32,) * 5, is_pure=True, pack=1)
+    return out
+
+
+@triton.jit(do_not_specialize=["K", "steps", "stride_xm"], do_not_specialize_on_alignment=["x_ptr"])
 def digits_kernel(
-    x_ptr,
-    order_ptr,
-    digits_ptr,
-    sums_ptr,
-    K,
-    stride_xm,
-    TILES: tl.constexpr,
-    ROWS: tl.constexpr,
-    SUBGROUPS: tl.constexpr,
-    TURNS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """A step of a row of x a program."""
+    x_ptr, order_ptr, digits_ptr, sums_ptr, K, steps, stride_xm,
+    TILES: tl.constexpr, ROWS: tl.constexpr, SUBGROUPS: tl.constexpr, TURNS: tl.constexpr, STEPS: tl.constexpr,
+    PAIRS: tl.constexpr, LARGEST: tl.constexpr, LARGEST_CONSTRAINTS: tl.constexpr, DIGITS: tl.constexpr,
+    DIGITS_CONSTRAINTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Two steps of a row of x a program: a lane has eight columns, which are whole words of digits."""
     if PDL:
         gdc_launch_dependents()  # the product, which waits for this kernel
-    step = tl.program_id(0)
+    HALF: tl.constexpr = x_ptr.dtype.element_ty
     m = tl.program_id(1)
+    step = (tl.program_id(0) * STEPS + tl.arange(0, STEPS))[:, None]
+    s = tl.arange(0, 16)[None, :] // 4
+    t = tl.arange(0, 16)[None, :] % 4
+    present = step < steps
 
-    # Load
-    offs = step * 128 + tl.arange(0, 128)
-    if order_ptr is not None:
-        offs = tl.load(order_ptr + offs)
-    if PDL:
-        gdc_wait()
-    x = tl.load(x_ptr + m.to(tl.int64) * stride_xm + offs, mask=(offs >= 0) & (offs < K), other=0).to(tl.float32)
+    # Load columns 32 s + 16 hb + 8 i1 + 2 t + i0
+    at = step * 128 + 32 * s + 2 * t
+    ptr = x_ptr + m.to(tl.int64) * stride_xm
+    words = ()
+    if order_ptr is None:
+        if PDL:
+            gdc_wait()
+        for i in tl.static_range(4):
+            first = at + (i // 2 * 16 + i % 2 * 8)
+            if PAIRS:
+                word = tl.load((ptr + first).to(tl.pointer_type(tl.int32), bitcast=True), mask=first < K, other=0)
+            else:
+                word = _pair(ptr, first, first + 1, K)
+            words = words + (word,)
+    else:
+        columns = ()
+        for i in tl.static_range(8):
+            from_order = order_ptr + at + (i // 4 * 16 + i // 2 % 2 * 8 + i % 2)
+            columns = columns + (tl.load(from_order, mask=present, other=-1),)
+        if PDL:
+            gdc_wait()
+        for i in tl.static_range(4):
+            words = words + (_pair(ptr, columns[2 * i], columns[2 * i + 1], K),)
 
-    # To integers of at most 15 bits and a sign, to nearest, by the addition's rounding
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # the order of floats, NaN and infinity above all
+    # To integers of at most 15 bits and a sign
+    largest = tl.max(_largest(words, HALF, LARGEST, LARGEST_CONSTRAINTS), 1)  # the order of floats, NaN above all
     per_unit, unit = units(largest)
-    integers = (x * per_unit + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-
-    # Digits, four to a word: column 32 s + 16 hb + 8 i1 + 2 t + i0 is byte 2 i0 + i1 of word (s, hb) of lane 4 n + t
-    q = tl.reshape(integers, (8, 2, 4, 2))
-    byte = 16 * tl.arange(0, 2)[None, None, None, :] + 8 * tl.arange(0, 2)[None, :, None, None]
-    high = (q + 128) >> 8
-    high_words = tl.sum(tl.sum((high & 255) << byte, 3), 1)  # ((s, hb), t)
-    low_words = tl.sum(tl.sum((q & 255) << byte, 3), 1)
+    per_unit = tl.broadcast_to(per_unit[:, None], (STEPS, 16))
+    high0, high1, low0, low1, total = _digits(words, per_unit, HALF, DIGITS, DIGITS_CONSTRAINTS)
 
     # Store
-    word = tl.arange(0, 8)[:, None]
-    t = tl.arange(0, 4)[None, :]
+    unit = unit.to(tl.int32, bitcast=True)[:, None]
     if ROWS == 0:
         # for decode.py: tiles of eight columns n = 2 (SUBGROUPS m + u) + digit, 0 outside of subgroup u; words
         # [s // 2][lane 4 n + t][s % 2][hb]
         TILE: tl.constexpr = 4 // SUBGROUPS  # rows of x
-        tile = step * TILES + m // TILE
         place = m % TILE * SUBGROUPS  # of the first subgroup
-        ptrs = digits_ptr + tile * 256 + word // 4 * 128 + t * 4 + word % 4
+        tile = step * TILES + m // TILE
         for u in tl.static_range(SUBGROUPS):
-            inside = word * SUBGROUPS // 8 == u
-            tl.store(ptrs + (place + u) * 32, tl.where(inside, high_words, 0))
-            tl.store(ptrs + (place + u) * 32 + 16, tl.where(inside, low_words, 0))
+            inside = s * SUBGROUPS // 4 == u
+            ptrs = digits_ptr + tile * 256 + s // 2 * 128 + (place + u) * 32 + t * 4 + s % 2 * 2
+            tl.store(ptrs, tl.where(inside, high0, 0), mask=present)
+            tl.store(ptrs + 1, tl.where(inside, high1, 0), mask=present)
+            tl.store(ptrs + 16, tl.where(inside, low0, 0), mask=present)
+            tl.store(ptrs + 17, tl.where(inside, low1, 0), mask=present)
         # SUBGROUPS m + u: unit, sums in turn
         GROUPS: tl.constexpr = SUBGROUPS * TURNS
-        sums = -tl.sum(tl.reshape(integers, (GROUPS, 128 // GROUPS)), 1)
-        group = tl.arange(0, GROUPS)
+        sums = tl.sum(tl.reshape(total, (STEPS, GROUPS, 16 // GROUPS)), 2)
+        group = tl.arange(0, GROUPS)[None, :]
         ptrs = sums_ptr + (tile * 4 + place + group // TURNS) * (2 * TURNS)
-        tl.store(ptrs, unit.to(tl.int32, bitcast=True))
-        tl.store(ptrs + 1 + group % TURNS, sums)
+        tl.store(ptrs, unit, mask=present)
+        tl.store(ptrs + 1 + group % TURNS, sums, mask=present)
     else:
-        # for wide.py: rows 2 m + digit of 128 bytes, words [(s, hb)][t]
-        ptrs = digits_ptr + step * (64 * ROWS) + m * 64 + word * 4 + t
-        tl.store(ptrs, high_words)
-        tl.store(ptrs + 32, low_words)
+        # for wide.py: rows 2 m + digit of 128 bytes, words [s][hb][t]
+        ptrs = digits_ptr + step * (64 * ROWS) + m * 64 + s * 8 + t
+        tl.store(ptrs, high0, mask=present)
+        tl.store(ptrs + 4, high1, mask=present)
+        tl.store(ptrs + 32, low0, mask=present)
+        tl.store(ptrs + 36, low1, mask=present)
         # units, then sums; a lane 4 g + t reads all rows 4 j + t at once
-        ptr = sums_ptr + step * (2 * ROWS) + m % 4 * (ROWS // 4) + m // 4
-        tl.store(ptr, unit.to(tl.int32, bitcast=True))
-        tl.store(ptr + ROWS, -tl.sum(integers, 0))
+        ptrs = sums_ptr + step * (2 * ROWS) + m % 4 * (ROWS // 4) + m // 4
+        tl.store(ptrs, unit, mask=present)
+        tl.store(ptrs + ROWS, tl.sum(total, 1)[:, None], mask=present)
 
 
 def prepare_digits(
-    device: int, dtype: torch.dtype, *, ordered: bool, subgroups: int, turns: int, tiles: int, rows: int, pdl: bool
+    device: int, dtype: torch.dtype, *, ordered: bool, subgroups: int, turns: int, tiles: int, rows: int,
+    aligned: bool, pdl: bool,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -111,6 +179,7 @@ def prepare_digits(
         turns: For decode.py: groups of a step that share columns, 1, 2 or 4; else 1.
         tiles: For decode.py: tiles of 4 / subgroups rows of x; else 0.
         rows: For wide.py: rows of x in a block; else 0.
+        aligned: K is even, and rows of x start at multiples of 4 bytes.
         pdl: Programmatic dependent launch (sm_90 on).
 
     Returns:
@@ -122,6 +191,25 @@ def prepare_digits(
         - sums: for decode.py int32 (steps, tiles, 4, 2 * turns), for wide.py (steps, 2, rows): the bits of the unit
           and minus the sum of each group.
     """
-    constants = {"TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "TURNS": turns, "PDL": pdl}
+    names = constants(dtype == torch.bfloat16, tiles, rows, subgroups, turns, aligned, pdl)
     pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)
-    return prepare(digits_kernel, device, pointers, 2, constants, num_warps=1, launch_pdl=pdl)
+    run = prepare(digits_kernel, device, pointers, 3, names, num_warps=1, launch_pdl=pdl)
+
+    def launch(
+        steps: int, M: int, stream: int, x: int, order: int | None, digits: int, sums: int, K: int, stride_xm: int
+    ) -> None:
+        run(-(-steps // STEPS), M, stream, x, order, digits, sums, K, steps, stride_xm)
+
+    return launch
+
+
+def constants(
+    bf16: bool, tiles: int, rows: int, subgroups: int, turns: int, pairs: bool, pdl: bool, ptx: bool = True
+) -> dict:
+    """The constexpr arguments of the kernel; without ``ptx`` in portable form, for Triton's interpreter."""
+    largest, digits = (largest_asm(bf16), digits_asm(bf16)) if ptx else ((None, None), (None, None))
+    return {
+        "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "TURNS": turns, "STEPS": STEPS, "PAIRS": pairs,
+        "LARGEST": largest[0], "LARGEST_CONSTRAINTS": largest[1], "DIGITS": digits[0], "DIGITS_CONSTRAINTS": digits[1],
+        "PDL": pdl,
+    }  # fmt: skip

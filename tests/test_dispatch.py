@@ -279,4 +279,5 @@ def test_the_shipped_table_holds_plans_of_its_cases():
         shape_of = {"strips": N // 16, "steps": K // 128, "bits": int(width[1:]), "group_columns": columns}
         problem = replace(H200, M=int(rows[1:]), ordered="act-order" in other, **shape_of)
         assert tables.case(problem) == name
-        assert tables.plan_from(record) in set(candidates(problem))
+        plan = tables.plan_from(record)  # of these rows, or of more
+        assert any(plan in set(candidates(replace(problem, M=M))) for M in tables.BUCKETS if problem.M <= M)

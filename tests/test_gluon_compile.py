@@ -160,17 +160,16 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_pa
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("wide", [False, True])
 def test_digits_compile(arch, wide, tmp_path):
-    from gptq_triton.kernels.digits import digits_kernel
+    from gptq_triton.kernels.digits import constants, digits_kernel
 
     for dtype, order, subgroups, turns in (("fp16", None, 1, 1), ("bf16", "i32", 4, 1), ("bf16", "i32", 1, 4)):
-        constants = {
-            "TILES": 0 if wide else 2, "ROWS": 16 if wide else 0, "SUBGROUPS": subgroups, "TURNS": turns,
-            "PDL": int(arch[3:]) >= 90,
-        }  # fmt: skip
+        tiles, rows = (0, 16) if wide else (2, 0)
+        names = constants(dtype == "bf16", tiles, rows, subgroups, turns, order is None, int(arch[3:]) >= 90)
         pointers = {"x_ptr": dtype, "order_ptr": order, "digits_ptr": "i32", "sums_ptr": "i32"}
-        binary = compiled(digits_kernel, pointers, ("K", "stride_xm"), constants, arch, num_warps=1)
-        assert binary.metadata.shared <= SHARED_MEMORY[arch]
+        binary = compiled(digits_kernel, pointers, ("K", "steps", "stride_xm"), names, arch, num_warps=1)
+        assert binary.metadata.shared == 0
         assert "0 bytes spill stores" in ptxas_report(binary, tmp_path)
+        assert binary.asm["ptx"].count("dp4a") == 4  # eight columns a lane, once
 
 
 def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias: bool):

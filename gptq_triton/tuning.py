@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -16,6 +18,8 @@ from .plans import FusedPlan, Problem
 
 _COLD_BYTES = 256 << 20  # of weight between two uses of a copy: more than any GPU's cache
 _REPLAYS = 9
+_FINALISTS, _NEAR = 4, 1.08  # plans that are timed again in turns, and how near to the fastest they are
+_WARM = 0.03  # seconds of work before that: clocks change with it
 
 
 def tune(
@@ -62,7 +66,11 @@ def tune(
                 # what is best for more rows may be best for fewer, although it is not a candidate there
                 plans = [*dispatch.candidates(problem), *([] if fastest is None else [fastest])]
                 times = {plan: _time(problem, plan, copies) for plan in plans}
-                best[tables.case(problem)] = fastest = min(times, key=lambda plan: times[plan])
+                near = [plan for plan in times if times[plan] < _NEAR * min(times.values())]
+                finalists = sorted(near, key=lambda plan: times[plan])[:_FINALISTS]
+                if len(finalists) > 1:
+                    times |= zip(finalists, _in_turns(problem, finalists, copies), strict=True)
+                best[tables.case(problem)] = fastest = min(finalists or times, key=lambda plan: times[plan])
                 if say is not None:
                     say(f"{tables.case(problem)}: {times[fastest]:.2f} us, {fastest}")
     if save:
@@ -81,30 +89,50 @@ def _copies(weight: TiledWeight) -> list[TiledWeight]:
 
 def _time(problem: Problem, plan: FusedPlan, copies: list[TiledWeight]) -> float:
     """Median microseconds of a product with a cold weight; infinite where the plan does not fit this GPU."""
-    weight = copies[0]
-    x = torch.randn(problem.M, weight.K, dtype=problem.dtype, device=weight.words.device)
-    y = torch.empty(problem.M, weight.N, dtype=problem.dtype, device=weight.words.device)
     try:
-        operands = product.Operands.of(weight, None, weight.K % 8 == 0)
-        launch = product.prepare_launch(problem, plan, operands, x.get_device())
-        for copy in copies[:2]:
-            launch(x, weight.K, None, copy, y)
+        captured = _Captured(problem, plan, copies)
     except Exception as error:  # Triton has its own class for each resource that a GPU may lack
         if type(error).__name__ not in ("OutOfResources", "PTXASError"):
             raise
         return math.inf
-    calls = copies * math.ceil(8 / len(copies))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for copy in calls:
-            launch(x, weight.K, None, copy, y)
-    graph.replay()
-    times = []
-    for _ in range(_REPLAYS):
+    captured.graph.replay()
+    return statistics.median(captured.time() for _ in range(_REPLAYS))
+
+
+def _in_turns(problem: Problem, plans: Sequence[FusedPlan], copies: list[TiledWeight]) -> list[float]:
+    """The same for several plans, one after another again and again on a GPU at work: what a few percent depend on."""
+    captured = [_Captured(problem, plan, copies) for plan in plans]
+    began = time.perf_counter()
+    while time.perf_counter() - began < _WARM:
+        for one in captured:
+            one.graph.replay()
+        torch.cuda.synchronize()
+    rounds = [[one.time() for one in captured] for _ in range(2 * _REPLAYS)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+class _Captured:
+    """A graph of products with one cold weight after another."""
+
+    def __init__(self, problem: Problem, plan: FusedPlan, copies: list[TiledWeight]) -> None:
+        weight = copies[0]
+        self.x = torch.randn(problem.M, weight.K, dtype=problem.dtype, device=weight.words.device)
+        self.y = torch.empty(problem.M, weight.N, dtype=problem.dtype, device=weight.words.device)
+        operands = product.Operands.of(weight, None, weight.K % 8 == 0)
+        launch = product.prepare_launch(problem, plan, operands, self.x.get_device())
+        for copy in copies[:2]:
+            launch(self.x, weight.K, None, copy, self.y)
+        self.calls = copies * math.ceil(8 / len(copies))
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for copy in self.calls:
+                launch(self.x, weight.K, None, copy, self.y)
+
+    def time(self) -> float:
+        """Microseconds of a product, of one replay."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        self.graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[len(times) // 2]
+        return start.elapsed_time(end) * 1e3 / len(self.calls)

@@ -337,9 +337,17 @@ def test_tuning_keeps_the_fastest(gpu, tmp_path, monkeypatch):
 
     def time(problem: plans.Problem, plan: Any, copies: list[TiledWeight]) -> float:
         timed.append((problem.M, plan))
-        return math.inf if isinstance(plan, DecodePlan) and plan.split != 2 else 1.0 + len(timed)
+        return math.inf if isinstance(plan, DecodePlan) and plan.split != 2 else 1.0 + len(timed) / 1e4
+
+    winners: dict[int, Any] = {}
+
+    def in_turns(problem: plans.Problem, finalists: list[Any], copies: list[TiledWeight]) -> list[float]:
+        assert 1 < len(finalists) <= 4
+        winners[problem.M] = finalists[-1]
+        return [1.0] * (len(finalists) - 1) + [0.5]
 
     monkeypatch.setattr(tuning, "_time", time)
+    monkeypatch.setattr(tuning, "_in_turns", in_turns)
     monkeypatch.setattr(tuning, "_copies", lambda weight: [weight])
     lines: list[str] = []
     tiled = tile_weight(random_weight(4096, 64, 4, 128))
@@ -349,5 +357,6 @@ def test_tuning_keeps_the_fastest(gpu, tmp_path, monkeypatch):
     assert isinstance(best["64x4096 w4 m4"], DecodePlan)
     assert best["64x4096 w4 m4"].split == 2
     assert len(lines) == 2  # a shape is tuned once
+    assert winners[3] == best["64x4096 w4 m4"]  # times in turns decide
     assert tables.lookup("h200", product.problem_of(3, torch.float16, 0, tiled)) == best["64x4096 w4 m4"]
     tables._table.cache_clear()

@@ -175,8 +175,8 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
 
 def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
     """Two launches: the digits of x, then the product."""
-    M, K, N = problem.M, operands.K, operands.N
-    strips, steps, split, programs = problem.strips, problem.steps, plan.split, plan.programs(problem)
+    M, K, N, split = problem.M, operands.K, operands.N, plan.split
+    strips, steps, programs = problem.strips, problem.steps, plan.programs(problem)
     pdl = problem.capability >= 90
     wide = isinstance(plan, WidePlan)
     rows, turns = plan.rows(problem), plan.turns(problem)

@@ -87,13 +87,13 @@ def _dequantize(problem: Problem) -> DequantizePlan:
 
 def candidates(problem: Problem) -> Iterator[FusedPlan]:
     """Every plan worth timing."""
-    rows, many = problem.M, problem.subgroups > 1  # digits take more products for more groups, floats only more scales
-    most = ROWS_OF_DIGITS // problem.subgroups
+    rows = problem.M
+    most = ROWS_OF_DIGITS // problem.subgroups  # digits take more products for more groups, floats only more scales
     few = most // 2
     if problem.takes_digits and rows <= most:
         yield from _decode(problem)
-        if rows > ROWS_OF_DECODE // 2 and problem.capability == 90 and not many:
-            yield from _wide(problem)
+    if problem.takes_digits and problem.capability == 90 and problem.subgroups <= 2 and 4 < rows <= ROWS_OF_DIGITS:
+        yield from _wide(problem)
     if problem.takes_large and rows > few:
         yield from _large(problem)
     # up to so many rows the others are never slower
@@ -325,7 +325,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
         filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent and not more else 0.4
         digits += _own_digits(problem, plan)
     elif isinstance(plan, WidePlan):
-        resident, cycles = max(1, 16 // plan.warps), {8: 150, 16: 230}[plan.rows(problem)]
+        resident, cycles = max(1, 16 // plan.warps), {8: 150, 16: 230}[plan.rows(problem)] * (1 + 0.4 * more)
         filling = 1.5
     else:
         resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m + 58 * more

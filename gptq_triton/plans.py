@@ -123,8 +123,8 @@ class WidePlan:
         return self.warps
 
     def turns(self, problem: Problem) -> int:
-        """Groups of a step that have products of their own: a step has one."""
-        return 1
+        """Groups of a step that have products of their own."""
+        return problem.subgroups
 
     def rows(self, problem: Problem) -> int:
         """Rows of x that a program multiplies."""

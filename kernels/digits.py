@@ -160,9 +160,10 @@ def digits_kernel(
         tl.store(ptrs + 32, low0, mask=present)
         tl.store(ptrs + 36, low1, mask=present)
         # units, then sums; a lane 4 g + t reads all rows 4 j + t at once
-        ptrs = sums_ptr + step * (2 * ROWS) + m % 4 * (ROWS // 4) + m // 4
+        turn = tl.arange(0, TURNS)[None, :]
+        ptrs = sums_ptr + step * (2 * TURNS * ROWS) + m % 4 * (ROWS // 4) + m // 4
         tl.store(ptrs, unit, mask=present)
-        tl.store(ptrs + ROWS, tl.sum(total, 1)[:, None], mask=present)
+        tl.store(ptrs + (1 + turn) * ROWS, tl.sum(tl.reshape(total, (STEPS, TURNS, 16 // TURNS)), 2), mask=present)
 
 
 def prepare_digits(
@@ -176,7 +177,7 @@ def prepare_digits(
         dtype: Of x: float16 or bfloat16.
         ordered: Whether there is an order.
         subgroups: For decode.py: groups of a step with columns of their own, 1, 2 or 4; else 1.
-        turns: For decode.py: groups of a step that share columns, 1, 2 or 4; else 1.
+        turns: Groups of a step that share columns, 1, 2 or 4.
         tiles: For decode.py: tiles of 4 / subgroups rows of x; else 0.
         rows: For wide.py: rows of x in a block; else 0.
         aligned: K is even, and rows of x start at multiples of 4 bytes.
@@ -188,8 +189,8 @@ def prepare_digits(
         - x: (M, K), unit stride along K.
         - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; or None.
         - digits: for decode.py int32 (steps, tiles, 256); for wide.py (steps, rows, 64).
-        - sums: for decode.py int32 (steps, tiles, 4, 2 * turns), for wide.py (steps, 2, rows): the bits of the unit
-          and minus the sum of each group.
+        - sums: for decode.py int32 (steps, tiles, 4, 2 * turns), for wide.py (steps, 2 * turns, rows): the bits of
+          the unit and minus the sum of each group.
     """
     names = constants(dtype == torch.bfloat16, tiles, rows, subgroups, turns, aligned, pdl)
     pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)

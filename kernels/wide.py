@@ -9,6 +9,8 @@ thread's own copies would need a fence before products may read them, and the fe
 program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the last
 program to arrive adds them in a fixed order.
 
+Groups of 64 have products of their own, two for a step, each with its scales.
+
 Dispatch picks it for 5 to 16 rows where it beats decode.py, for scales of 16 bits. Source: this project.
 """
 
@@ -55,16 +57,20 @@ def _along(t, DIM: gl.constexpr):
 
 @gluon.jit
 def _operand(r, S: gl.constexpr, A: gl.constexpr):
-    """The registers of a step, int8 [S, 32, 4] each, as the A operand [16 S, 128]."""
+    """Registers of a step, int8 [S, 32, 4] each, all 16 or those of a half, as the A operand [16 S, 128 or 64]."""
     out = r
-    for level in gl.static_range(4):
+    LEVELS: gl.constexpr = len(r).bit_length() - 1
+    for level in gl.static_range(LEVELS):
         pairs = ()
-        for i in gl.static_range(8 >> level):
+        for i in gl.static_range(len(r) >> (level + 1)):
             pairs = pairs + (gl.join(out[2 * i], out[2 * i + 1]),)
         out = pairs
     # strip, g, t, byte, r8, hb, s
-    a = out[0].reshape((S, 8, 4, 4, 2, 2, 2, 2)).permute((0, 4, 1, 7, 6, 5, 2, 3))
-    return gl.convert_layout(a.reshape((16 * S, 128)), A, assert_trivial=True)
+    if LEVELS == 4:
+        a = out[0].reshape((S, 8, 4, 4, 2, 2, 2, 2)).permute((0, 4, 1, 7, 6, 5, 2, 3))
+    else:
+        a = out[0].reshape((S, 8, 4, 4, 2, 2, 2)).permute((0, 4, 1, 6, 5, 2, 3))
+    return gl.convert_layout(a.reshape((16 * S, 8 * len(r))), A, assert_trivial=True)
 
 
 @gluon.jit
@@ -83,37 +89,63 @@ def _rows_of_w(v0, v1, P: gl.constexpr):
 
 
 @gluon.jit
+def _load_meta(ptrs, step, strips, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr):
+    """The meta words of a step, for each of its groups."""
+    meta = ()
+    for turn in gl.static_range(TURNS):
+        meta = meta + (load_meta(ptrs, step * TURNS // GROUP_STEPS + turn, strips),)
+    return meta
+
+
+@gluon.jit
 def _step(
-    acc, q, meta, digits, sums, T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, ZL: gl.constexpr
+    acc, q, meta, digits, sums, T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, TURNS: gl.constexpr,
+    ZL: gl.constexpr,
 ):  # fmt: skip
     """acc + scale * unit * ((code - zero) . q) over 128 columns: [strip, g, t, j, r8], row 4 j + t of x."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * ROWS, 32])
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     P: gl.constexpr = acc.type.layout
     unit = _rows_of_x(sums.slice(0, 1, dim=0), ROWS, ZL, P).to(gl.float32, bitcast=True)
-    summed = _rows_of_x(sums.slice(1, 1, dim=0), ROWS, ZL, P)
-    a = _operand(unpack(q, T), WARPS, gl.DotOperandLayout(0, mma, 4))
-    zero = gl.zeros((16 * WARPS, 2 * ROWS), gl.int32, mma)
-    c = warpgroup_mma(a, digits.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s0, s1, z0, z1 = scales_and_zeros(meta, T)
-    zeros = _rows_of_w(z0, z1, P)
-    scales = _rows_of_w(s0, s1, P)
-    c = warpgroup_mma_wait(0, deps=(c,))
-    high, low = gl.split(c.reshape((WARPS, 2, 8, ROWS // 4, 4, 2)).permute((0, 2, 4, 3, 1, 5)))
-    high = gl.convert_layout(high, P, assert_trivial=True)
-    low = gl.convert_layout(low, P, assert_trivial=True)
-    return acc + (high * 256 + low + zeros * summed).to(gl.float32) * (scales * unit)
+    summed = ()
+    for turn in gl.static_range(TURNS):
+        summed = summed + (_rows_of_x(sums.slice(1 + turn, 1, dim=0), ROWS, ZL, P),)
+    registers = unpack(q, T)
+    none = gl.zeros((16 * WARPS, 2 * ROWS), gl.int32, mma)
+    cs = ()
+    for turn in gl.static_range(TURNS):
+        a = _operand(registers[16 * turn // TURNS : 16 * (turn + 1) // TURNS], WARPS, A)
+        b = digits.slice(128 * turn // TURNS, 128 // TURNS, dim=1)
+        cs = cs + (warpgroup_mma(a, b.permute((1, 0)), none, use_acc=False, is_async=True),)
+    scales = ()
+    zeros = ()
+    for turn in gl.static_range(TURNS):
+        s0, s1, z0, z1 = scales_and_zeros(meta[turn], T)
+        zeros = zeros + (_rows_of_w(z0, z1, P),)
+        scales = scales + (_rows_of_w(s0, s1, P),)
+    if TURNS == 1:
+        cs = (warpgroup_mma_wait(0, deps=cs),)
+    else:
+        cs = warpgroup_mma_wait(0, deps=cs)
+    for turn in gl.static_range(TURNS):
+        high, low = gl.split(cs[turn].reshape((WARPS, 2, 8, ROWS // 4, 4, 2)).permute((0, 2, 4, 3, 1, 5)))
+        high = gl.convert_layout(high, P, assert_trivial=True)
+        low = gl.convert_layout(low, P, assert_trivial=True)
+        acc += (high * 256 + low + zeros[turn] * summed[turn]).to(gl.float32) * (scales[turn] * unit)
+    return acc
 
 
 @gluon.jit
 def _copy_chunk(digits, sums_ptr, sum_offs, row, staged, side, first, end):
     """Start copying the digits and sums of steps first ... end, as many as a side of shared memory has room for."""
     staged_digits, staged_sums, full = staged
-    columns: gl.constexpr = staged_digits.shape[1] // staged_sums.shape[1]  # of a step
     if first < end:
         mbarrier.expect(full.index(side), digits.block_type.nbytes)
+        columns: gl.constexpr = staged_digits.shape[1] // staged_sums.shape[1]  # of a step
         tma.async_copy_global_to_shared(digits, [first * columns, 0], full.index(side), staged_digits.index(side))
     present = gl.expand_dims(row + first < end, 1)
-    async_copy.async_copy_global_to_shared(staged_sums.index(side), sums_ptr + first * columns + sum_offs, mask=present)
+    sum_ptrs = sums_ptr + first * staged_sums.shape[2] + sum_offs
+    async_copy.async_copy_global_to_shared(staged_sums.index(side), sum_ptrs, mask=present)
     async_copy.commit_group()
 
 
@@ -125,11 +157,12 @@ def wide_kernel(
     digits, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
     M, N, steps, strips, stride_ym,
     T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr,
-    SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr, ML: gl.constexpr,
-    ZL: gl.constexpr, CL: gl.constexpr, P: gl.constexpr,
+    SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, TURNS: gl.constexpr, PDL: gl.constexpr, L: gl.constexpr,
+    ML: gl.constexpr, ZL: gl.constexpr, CL: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program."""
     STEP_WORDS: gl.constexpr = 64 * T.bits
+    WIDTH: gl.constexpr = 2 * TURNS * ROWS  # of the sums of a step
 
     # Which tile is mine: strips WARPS * pid_n ..., steps lo ... hi
     pid_n = gl.program_id(0)
@@ -148,22 +181,22 @@ def wide_kernel(
     strip_m = gl.minimum(pid_n * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, ML)), strips - 1)
     m_ptrs = meta_ptr + gl.expand_dims(strip_m, 1) * 16 + gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, ML)), 0) * 2
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, CL))
-    sum_offs = gl.expand_dims(row, 1) * (2 * ROWS) + gl.expand_dims(gl.arange(0, 2 * ROWS, gl.SliceLayout(0, CL)), 0)
+    sum_offs = gl.expand_dims(row, 1) * WIDTH + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CL)), 0)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     staged_digits = gl.allocate_shared_memory(gl.int8, [2, CHUNK * 2 * ROWS, 128], DIGITS_LAYOUT)
-    staged_sums = gl.allocate_shared_memory(gl.int32, [2, CHUNK, 2 * ROWS], FLAT)
+    staged_sums = gl.allocate_shared_memory(gl.int32, [2, CHUNK, WIDTH], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for side in gl.static_range(2):
         mbarrier.init(full.index(side), count=1)
     staged = (staged_digits, staged_sums, full)
     step_digits = staged_digits._reinterpret(gl.int8, [2 * CHUNK, 2 * ROWS, 128], DIGITS_LAYOUT)
-    step_sums = staged_sums._reinterpret(gl.int32, [2 * CHUNK, 2, ROWS], FLAT)
+    step_sums = staged_sums._reinterpret(gl.int32, [2 * CHUNK, 2 * TURNS, ROWS], FLAT)
     q = ()
     meta = ()
     step = lo
     for d in gl.static_range(DEPTH):
         q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last) // GROUP_STEPS, strips),)
+        meta = meta + (_load_meta(m_ptrs, gl.minimum(step, last), strips, TURNS, GROUP_STEPS),)
         step += 1
     barrier()  # the mbarriers are there
     if PDL:
@@ -187,9 +220,11 @@ def wide_kernel(
                 if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
                     stage = side * CHUNK + i + d
                     b, sums = step_digits.index(stage), step_sums.index(stage)
-                    acc = _step(acc, q[d], meta[d], b, sums, T, ROWS, WARPS, ZL)
+                    acc = _step(acc, q[d], meta[d], b, sums, T, ROWS, WARPS, TURNS, ZL)
                 q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
-                meta = meta[:d] + (load_meta(m_ptrs, gl.minimum(step, last) // GROUP_STEPS, strips),) + meta[d + 1 :]
+                meta = (
+                    meta[:d] + (_load_meta(m_ptrs, gl.minimum(step, last), strips, TURNS, GROUP_STEPS),) + meta[d + 1 :]
+                )
                 step += 1
                 do(FENCE)
         phase ^= side
@@ -239,7 +274,7 @@ def constants(
     return {
         "T": Text(bits, scales_bf16, warpgroup=True), "ROWS": rows, "WARPS": warps, "DEPTH": depth,
         "CHUNK": chunk, "SPLITS": splits,
-        "GROUP_STEPS": group_columns // 128, "PDL": pdl,
+        "GROUP_STEPS": max(1, group_columns // 128), "TURNS": max(1, 128 // group_columns), "PDL": pdl,
         "L": linear([[0, 0, 1], [0, 0, 2]], [[0, b, 0] for b in lanes], [[w, 0, 0] for w in strips], [warps, 32, 4]),
         "ML": linear([], [[0, 0]] * 2 + [[0, b] for b in g], [[w, 0] for w in strips], [warps, 8]),
         "ZL": linear(
@@ -266,7 +301,7 @@ def prepare_wide(
         bias: Its dtype, or None.
         bits: 2, 3, 4 or 8.
         scales_bf16: Whether scales are bfloat16, not float16.
-        group_columns: Columns that share a scale: a multiple of 128.
+        group_columns: Columns that share a scale: 64 or a multiple of 128.
         rows: Of x, at most: 8 or 16.
         warps: Of a program, each with a strip of 16 rows of W: 4, 8 or 16.
         depth: Steps of words in flight.

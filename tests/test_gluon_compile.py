@@ -79,7 +79,7 @@ def cases():
         for M in (1, 4, 8, 16):
             yield replace(LARGE, M=M, bits=bits), M == 8
     for columns in (64, 32, ONE_GROUP):
-        for M in (1, 2, 4) if columns < 128 else (1, 4, 16):
+        for M in {64: (1, 2, 4, 16), 32: (1, 2, 4)}.get(columns, (1, 4, 16)):
             yield replace(LARGE, M=M, bits=3, group_columns=columns, dtype=torch.bfloat16), True
     for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
         yield replace(LARGE, M=4, bits=3, arch=arch), False
@@ -99,8 +99,9 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
                 own = (with_own_digits(problem, replace(plan, split=split)) for split in (1, 2, 4, 8, 16))
                 firsts.setdefault("own digits", next(filter(None, own), None))  # the longest that fit
             firsts.setdefault((type(plan), isinstance(plan, DecodePlan) and plan.in_turn), plan)
-    assert (DecodePlan, problem.subgroups > 1 and problem.M * problem.subgroups > 4) in firsts
-    assert (firsts["own digits"] is not None) == (problem.M * problem.subgroups <= 4)
+    columns = problem.M * problem.subgroups
+    assert ((DecodePlan, problem.subgroups > 1 and columns > 4) in firsts) == (columns <= 16)
+    assert (firsts.get("own digits") is not None) == (columns <= 4)
     for plan in filter(None, firsts.values()):
         binary = compiled_plan(problem, plan, bias=bias)
         assert binary.metadata.shared <= SHARED_MEMORY[problem.arch]

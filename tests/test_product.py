@@ -213,7 +213,8 @@ def test_the_vendor_may_add_halves_again_afterwards():
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
-    ("group_size", "M"), [*((128, M) for M in (1, 4, 5, 8, 12, 16)), (64, 2), (64, 7), (32, 1), (32, 2), (32, 4)]
+    ("group_size", "M"),
+    [*((128, M) for M in (1, 4, 5, 8, 12, 16)), (64, 2), (64, 7), (64, 16), (32, 1), (32, 2), (32, 4)],
 )
 def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order):
     weight = random_weight(1536, 530, 4, group_size, act_order=act_order)
@@ -249,7 +250,7 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order):
         main = (*main[:3], *main[4:12])
         memory, tiles = gpu.scratch.memory, math.ceil(34 / plan.strips_of_program)
         begin, end = memory.data_ptr(), memory.data_ptr() + 4 * memory.numel()
-        in_turn = isinstance(plan, DecodePlan) and plan.in_turn
+        in_turn = isinstance(plan, WidePlan) or plan.in_turn
         subgroups, turns = (1, 128 // group_size) if in_turn else (128 // group_size, 1)
         rows = 8 * math.ceil(M / 8) if isinstance(plan, WidePlan) else 4 // subgroups * plan.tiles
         columns = 2 * (rows if isinstance(plan, WidePlan) else 4 * plan.tiles)  # of digits

@@ -16,8 +16,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .integer_ptx import digits_asm, largest_asm
 from .launch import Launch, prepare
 
-STEPS = 2  # of a program, which is a warp
-
 
 @triton.jit
 def units(largest):
@@ -90,7 +88,7 @@ def digits_kernel(
     PAIRS: tl.constexpr, LARGEST: tl.constexpr, LARGEST_CONSTRAINTS: tl.constexpr, DIGITS: tl.constexpr,
     DIGITS_CONSTRAINTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Two steps of a row of x a program: a lane has eight columns, which are whole words of digits."""
+    """STEPS steps of a row of x a program, one warp: a lane has eight columns, which are whole words of digits."""
     if PDL:
         gdc_launch_dependents()  # the product, which waits for this kernel
     HALF: tl.constexpr = x_ptr.dtype.element_ty
@@ -116,13 +114,13 @@ def digits_kernel(
             words = words + (word,)
     else:
         columns = ()
-        for i in tl.static_range(8):
-            from_order = order_ptr + at + (i // 4 * 16 + i // 2 % 2 * 8 + i % 2)
+        for i in tl.static_range(4):
+            from_order = (order_ptr + at + (i // 2 * 16 + i % 2 * 8)).to(tl.pointer_type(tl.int64), bitcast=True)
             columns = columns + (tl.load(from_order, mask=present, other=-1),)
         if PDL:
             gdc_wait()
         for i in tl.static_range(4):
-            words = words + (_pair(ptr, columns[2 * i], columns[2 * i + 1], K),)
+            words = words + (_pair(ptr, columns[i].to(tl.int32), (columns[i] >> 32).to(tl.int32), K),)
 
     # To integers of at most 15 bits and a sign
     largest = tl.max(_largest(words, HALF, LARGEST, LARGEST_CONSTRAINTS), 1)  # the order of floats, NaN above all
@@ -192,25 +190,27 @@ def prepare_digits(
         - sums: for decode.py int32 (steps, tiles, 4, 2 * turns), for wide.py (steps, 2 * turns, rows): the bits of
           the unit and minus the sum of each group.
     """
-    names = constants(dtype == torch.bfloat16, tiles, rows, subgroups, turns, aligned, pdl)
+    names = constants(dtype == torch.bfloat16, ordered, tiles, rows, subgroups, turns, aligned, pdl)
     pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)
     run = prepare(digits_kernel, device, pointers, 3, names, num_warps=1, launch_pdl=pdl)
 
     def launch(
         steps: int, M: int, stream: int, x: int, order: int | None, digits: int, sums: int, K: int, stride_xm: int
     ) -> None:
-        run(-(-steps // STEPS), M, stream, x, order, digits, sums, K, steps, stride_xm)
+        run(-(-steps // names["STEPS"]), M, stream, x, order, digits, sums, K, steps, stride_xm)
 
     return launch
 
 
 def constants(
-    bf16: bool, tiles: int, rows: int, subgroups: int, turns: int, pairs: bool, pdl: bool, ptx: bool = True
-) -> dict:
+    bf16: bool, ordered: bool, tiles: int, rows: int, subgroups: int, turns: int, pairs: bool, pdl: bool,
+    ptx: bool = True,
+) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel; without ``ptx`` in portable form, for Triton's interpreter."""
     largest, digits = (largest_asm(bf16), digits_asm(bf16)) if ptx else ((None, None), (None, None))
     return {
-        "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "TURNS": turns, "STEPS": STEPS, "PAIRS": pairs,
+        "TILES": tiles, "ROWS": rows, "SUBGROUPS": subgroups, "TURNS": turns, "PAIRS": pairs,
+        "STEPS": 1 if ordered else 2,  # columns from anywhere take longer, and more warps at once
         "LARGEST": largest[0], "LARGEST_CONSTRAINTS": largest[1], "DIGITS": digits[0], "DIGITS_CONSTRAINTS": digits[1],
         "PDL": pdl,
     }  # fmt: skip

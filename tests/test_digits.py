@@ -24,15 +24,15 @@ def run(
     x: Tensor, order: Tensor | None, steps: int, subgroups: int = 1, turns: int = 1, wide: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's integers (M, steps * 128), units (M, steps) and sums (M, steps, subgroups * turns)."""
-    from gptq_triton.kernels.digits import STEPS, constants, digits_kernel
+    from gptq_triton.kernels.digits import constants, digits_kernel
 
     M, K = x.shape
     rows, row_columns = 8 * -(-M // 8) if wide else 0, 2 * subgroups
     tiles = 0 if wide else -(-M * subgroups // 4)
     digits = torch.full((steps, rows, 64) if wide else (steps, tiles, 256), -1, dtype=torch.int32)
     sums = torch.full((steps, 2 * turns, rows) if wide else (steps, tiles, 4, 2 * turns), -1, dtype=torch.int32)
-    names = constants(False, tiles, rows, subgroups, turns, pairs=False, pdl=False, ptx=False)
-    digits_kernel[(-(-steps // STEPS), M)](x, order, digits, sums, K, steps, x.stride(0), **names)
+    names = constants(False, order is not None, tiles, rows, subgroups, turns, pairs=False, pdl=False, ptx=False)
+    digits_kernel[(-(-steps // names["STEPS"]), M)](x, order, digits, sums, K, steps, x.stride(0), **names)
     integers = torch.empty(M, steps, 128, dtype=torch.int64)
     units, totals = torch.empty(M, steps), torch.empty(M, steps, subgroups * turns, dtype=torch.int64)
     stored = digits.view(torch.int8).long()

@@ -165,10 +165,12 @@ def test_digits_compile(arch, wide, tmp_path):
 
     for dtype, order, subgroups, turns in (("fp16", None, 1, 1), ("bf16", "i32", 4, 1), ("bf16", "i32", 1, 4)):
         tiles, rows = (0, 16) if wide else (2, 0)
-        names = constants(dtype == "bf16", tiles, rows, subgroups, turns, order is None, int(arch[3:]) >= 90)
+        names = constants(
+            dtype == "bf16", order is not None, tiles, rows, subgroups, turns, order is None, int(arch[3:]) >= 90
+        )
         pointers = {"x_ptr": dtype, "order_ptr": order, "digits_ptr": "i32", "sums_ptr": "i32"}
         binary = compiled(digits_kernel, pointers, ("K", "steps", "stride_xm"), names, arch, num_warps=1)
-        assert binary.metadata.shared == 0
+        assert binary.metadata.shared <= 4 * subgroups * turns  # no more than sums
         assert "0 bytes spill stores" in ptxas_report(binary, tmp_path)
         assert binary.asm["ptx"].count("dp4a") == 4  # eight columns a lane, once
 

@@ -90,10 +90,11 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
     rows = problem.M
     most = ROWS_OF_DIGITS // problem.subgroups  # digits take more products for more groups, floats only more scales
     few = most // 2
-    if problem.takes_digits and rows <= most:
-        yield from _decode(problem)
-    if problem.takes_digits and problem.capability == 90 and problem.subgroups <= 2 and 4 < rows <= ROWS_OF_DIGITS:
-        yield from _wide(problem)
+    if problem.takes_digits:
+        if rows <= most:
+            yield from _decode(problem)
+        if problem.capability == 90 and problem.subgroups <= 2 and ROWS_OF_DECODE // 2 < rows <= ROWS_OF_DIGITS:
+            yield from _wide(problem)
     if problem.takes_large and rows > few:
         yield from _large(problem)
     # up to so many rows the others are never slower

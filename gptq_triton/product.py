@@ -87,6 +87,11 @@ class Operands:
     scales: torch.dtype
     aligned: bool
 
+    @property
+    def paired(self) -> bool:
+        """Whether columns 2 i and 2 i + 1 of x lie in one word."""
+        return self.aligned and self.K % 2 == 0
+
     @classmethod
     def of(cls, weight: TiledWeight, bias: Tensor | None, aligned: bool) -> Operands:
         """Those of a product."""
@@ -154,7 +159,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         **_form(problem, operands.scales),
         pdl=problem.capability >= 90,
         own_rows=M,
-        aligned=operands.aligned and K % 2 == 0,
+        aligned=operands.paired,
         **tiles,
     )
     words, counters = _meeting(problem, plan)
@@ -199,7 +204,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
         turns=turns,
         tiles=0 if wide else plan.tiles,
         rows=rows if wide else 0,
-        aligned=operands.aligned and K % 2 == 0,
+        aligned=operands.paired,
         pdl=pdl,
     )
     # one piece of memory, in words: digits, sums, partial sums

@@ -59,20 +59,23 @@ def tune(
     with torch.cuda.device(device):
         for weight in weights:
             problems = [product.problem_of(M, dtype, device, weight) for M in rows]
-            missing = [p for p in problems if p.takes_digits and tables.case(p) not in best]
+            missing = {tables.case(p): p for p in problems if p.takes_digits and tables.case(p) not in best}
             copies = _copies(weight) if missing else []
+            found: dict[str, FusedPlan] = {}
             fastest = None
-            for problem in sorted(missing, key=lambda problem: -problem.M):
-                # what is best for more rows may be best for fewer, although it is not a candidate there
-                plans = [*dispatch.candidates(problem), *([] if fastest is None else [fastest])]
+            for case, problem in sorted(missing.items(), key=lambda item: -item[1].M):
+                plans = list(dispatch.candidates(problem))
+                if fastest is not None and fastest not in plans:
+                    plans.append(fastest)  # of more rows: may be the best for fewer, too
                 times = {plan: _time(problem, plan, copies) for plan in plans}
                 near = [plan for plan in times if times[plan] < _NEAR * min(times.values())]
                 finalists = sorted(near, key=lambda plan: times[plan])[:_FINALISTS]
                 if len(finalists) > 1:
                     times |= zip(finalists, _in_turns(problem, finalists, copies), strict=True)
-                best[tables.case(problem)] = fastest = min(finalists or times, key=lambda plan: times[plan])
+                found[case] = fastest = min(finalists or times, key=lambda plan: times[plan])
                 if say is not None:
-                    say(f"{tables.case(problem)}: {times[fastest]:.2f} us, {fastest}")
+                    say(f"{case}: {times[fastest]:.2f} us, {fastest}")
+            best |= {case: found[case] for case in missing}
     if save:
         tables.save(product.gpu_name(device), best)
         product.forget()

@@ -87,11 +87,16 @@ def unpack(q, T: gl.constexpr):
 
 
 @gluon.jit
-def load_meta(ptr, group, strips):
-    """The meta words of rows n and n + 8 for a group."""
-    return gl.inline_asm_elementwise(
-        LOAD2, "=&r,=&r,l", (ptr + group * strips * 16,), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
-    )
+def load_meta(ptrs, step, strips, SUBGROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr):
+    """The meta words of rows n and n + 8 for a step, for each group that is taken in turn."""
+    meta = ()
+    for turn in gl.static_range(TURNS):
+        group = step * (SUBGROUPS * TURNS) // GROUP_STEPS + turn
+        pair = gl.inline_asm_elementwise(
+            LOAD2, "=&r,=&r,l", (ptrs + group * strips * 16,), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+        )
+        meta = meta + (pair,)
+    return meta
 
 
 @gluon.jit

@@ -89,15 +89,6 @@ def _pointers(
 
 
 @gluon.jit
-def _load_meta(ptrs, step, strips, SUBGROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr):
-    """The meta words of a step, for each group that is taken in turn."""
-    meta = ()
-    for turn in gl.static_range(TURNS):
-        meta = meta + (load_meta(ptrs, step * (SUBGROUPS * TURNS) // GROUP_STEPS + turn, strips),)
-    return meta
-
-
-@gluon.jit
 def _step(
     acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, TURNS: gl.constexpr, WARPS_K: gl.constexpr,
     DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, L: gl.constexpr,
@@ -196,7 +187,7 @@ def decode_kernel(
     meta = ()
     for d in gl.static_range(DEPTH):
         q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (_load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
+        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
         step += WARPS_K
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
@@ -265,7 +256,7 @@ def decode_kernel(
                     q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
                     meta = (
                         meta[:d]
-                        + (_load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
+                        + (load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
                         + meta[d + 1 :]
                     )
                     step += WARPS_K

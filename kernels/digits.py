@@ -58,7 +58,7 @@ def _floats(word, HALF: tl.constexpr):
 
 
 @triton.jit
-def _digits(words, per_unit, HALF: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr):
+def digits_of(words, per_unit, HALF: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr):
     """Of words [hb][i1] with halves [i0]: high digits [hb], low ones [hb], byte 2 i0 + i1 each, and minus the sum."""
     if ASM is None:
         total = tl.zeros_like(words[0])
@@ -126,7 +126,7 @@ def digits_kernel(
     largest = tl.max(_largest(words, HALF, LARGEST, LARGEST_CONSTRAINTS), 1)  # the order of floats, NaN above all
     per_unit, unit = units(largest)
     per_unit = tl.broadcast_to(per_unit[:, None], (STEPS, 16))
-    high0, high1, low0, low1, total = _digits(words, per_unit, HALF, DIGITS, DIGITS_CONSTRAINTS)
+    high0, high1, low0, low1, total = digits_of(words, per_unit, HALF, DIGITS, DIGITS_CONSTRAINTS)
 
     # Store
     unit = unit.to(tl.int32, bitcast=True)[:, None]

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .common import Constants
-from .digits import units
+from .digits import digits_of, units
 from .integer_ptx import digits_asm, largest_asm
 
 
@@ -55,10 +55,8 @@ def _digits_of(words, X: gl.constexpr):
     largest = gl.inline_asm_elementwise(X.largest, X.largest_constraints, words, dtype=gl.int32, is_pure=True, pack=1)
     largest = gl.max(largest, 1).to(gl.int16).to(X.dtype, bitcast=True).to(gl.float32)
     per_unit, unit = units(largest.to(gl.int32, bitcast=True))
-    inputs = words + (gl.expand_dims(per_unit, 1).broadcast_to(words[0].shape),)
-    high0, high1, low0, low1, total = gl.inline_asm_elementwise(
-        X.digits, X.digits_constraints, inputs, dtype=(gl.int32,) * 5, is_pure=True, pack=1
-    )
+    per_unit = gl.expand_dims(per_unit, 1).broadcast_to(words[0].shape)
+    high0, high1, low0, low1, total = digits_of(words, per_unit, X.dtype, X.digits, X.digits_constraints)
     return gl.join(gl.join(high0, high1), gl.join(low0, low1)), unit, total
 
 

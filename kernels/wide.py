@@ -89,15 +89,6 @@ def _rows_of_w(v0, v1, P: gl.constexpr):
 
 
 @gluon.jit
-def _load_meta(ptrs, step, strips, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr):
-    """The meta words of a step, for each of its groups."""
-    meta = ()
-    for turn in gl.static_range(TURNS):
-        meta = meta + (load_meta(ptrs, step * TURNS // GROUP_STEPS + turn, strips),)
-    return meta
-
-
-@gluon.jit
 def _step(
     acc, q, meta, digits, sums, T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, TURNS: gl.constexpr,
     ZL: gl.constexpr,
@@ -196,7 +187,7 @@ def wide_kernel(
     step = lo
     for d in gl.static_range(DEPTH):
         q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (_load_meta(m_ptrs, gl.minimum(step, last), strips, TURNS, GROUP_STEPS),)
+        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, 1, TURNS, GROUP_STEPS),)
         step += 1
     barrier()  # the mbarriers are there
     if PDL:
@@ -223,7 +214,9 @@ def wide_kernel(
                     acc = _step(acc, q[d], meta[d], b, sums, T, ROWS, WARPS, TURNS, ZL)
                 q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
                 meta = (
-                    meta[:d] + (_load_meta(m_ptrs, gl.minimum(step, last), strips, TURNS, GROUP_STEPS),) + meta[d + 1 :]
+                    meta[:d]
+                    + (load_meta(m_ptrs, gl.minimum(step, last), strips, 1, TURNS, GROUP_STEPS),)
+                    + meta[d + 1 :]
                 )
                 step += 1
                 do(FENCE)

@@ -8,7 +8,7 @@ launch before. Codes go from memory straight to the registers that feed the tens
 (integer_ptx.py); they never touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N
 rows of W and one of several ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128
 columns). Partial sums meet in shared memory, then in a workspace, where the last program to arrive adds them in a fixed
-order.
+order. Where tiles come out unevenly, as many programs as can run have equal shares of all of them instead.
 
 Where a step has two or four groups there are two forms. A column of a product is a digit of a row of x within one
 group, 0 elsewhere: each lane has the sums of its own group, those of a row's lanes meet at the end, and a tile has two
@@ -44,6 +44,7 @@ from .common import (
 )
 from .launch import Launch, prepare
 from .own_digits import Halves, write_digits
+from .warpgroups import share, sharers
 
 
 @gluon.jit
@@ -89,6 +90,14 @@ def _pointers(
 
 
 @gluon.jit
+def _steps(first, WARPS_K: gl.constexpr, S: gl.constexpr, L: gl.constexpr):
+    """The step of each warp in the round that begins with step first, [WARPS_K, S, 32]."""
+    LK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
+    step = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS_K, LK), 1), 2) + first
+    return step + gl.zeros((WARPS_K, S, 32), gl.int32, L)
+
+
+@gluon.jit
 def _step(
     acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, TURNS: gl.constexpr, WARPS_K: gl.constexpr,
     DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, L: gl.constexpr,
@@ -116,6 +125,15 @@ def _step(
             T.product, T.product_constraints, args, dtype=(gl.float32, gl.float32), is_pure=True, pack=1
         )
     return out
+
+
+@gluon.jit
+def _load_part(ptr, STRIDE: gl.constexpr, COUNT: gl.constexpr):
+    """Partial sums of another program."""
+    part = ()
+    for c in gl.static_range(COUNT):
+        part = part + (gl.load(ptr + c * STRIDE, cache_modifier=".cg"),)
+    return part
 
 
 @gluon.jit
@@ -147,6 +165,7 @@ def decode_kernel(
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program; if PERSISTENT one after another, words of the next in flight.
 
+    With SPLITS too, programs have equal shares of the rounds of all tiles, which begin and end anywhere in a tile.
     With OWN_ROWS, rows of x, a program finds the digits of all its steps itself; else they come in chunks.
     """
     S: gl.constexpr = STRIPS * WARPS_N
@@ -157,20 +176,34 @@ def decode_kernel(
     ROWS: gl.constexpr = CHUNK * WARPS_K * TILES
 
     # Which tiles are mine: strips S * tile ..., rounds lo ... hi of WARPS_K steps
+    EVEN: gl.constexpr = PERSISTENT and SPLITS
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
     pid_k = gl.program_id(1)
     split = gl.num_programs(1)
     tiles_n = (strips + S - 1) // S
     rounds = (steps + WARPS_K - 1) // WARPS_K
-    lo = rounds * pid_k // split
-    hi = rounds * (pid_k + 1) // split
+    if EVEN:
+        mine_from, mine_to = share(pid, programs, tiles_n, rounds)
+        tile_from = mine_from // rounds
+        tile_to = (mine_to + rounds - 1) // rounds
+        tile_by = 1
+        lo = mine_from - tile_from * rounds
+        hi = gl.minimum(mine_to - tile_from * rounds, rounds)
+    else:
+        tile_from = pid
+        tile_to = tiles_n
+        tile_by = programs
+        lo = rounds * pid_k // split
+        hi = rounds * (pid_k + 1) // split
     end = gl.minimum(hi * WARPS_K, steps)
     last = gl.maximum(end - 1, 0)
+    if EVEN:
+        end = steps  # of digits, which the next tile goes on with
 
     # First pointers. Loads of W stay inside (clamped, not masked): beyond the end digits and units are 0
-    LK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
-    step = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS_K, LK), 1), 2) + lo * WARPS_K
-    step = step + gl.zeros((WARPS_K, S, 32), gl.int32, L)
-    q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, gl.program_id(0), strips, steps * STEP_WORDS, S, SUBGROUPS, L)
+    step = _steps(lo * WARPS_K, WARPS_K, S, L)
+    q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, tile_from, strips, steps * STEP_WORDS, S, SUBGROUPS, L)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     SIDES: gl.constexpr = 1 if OWN_ROWS else 2
@@ -193,10 +226,11 @@ def decode_kernel(
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
         do(LAUNCH_DEPENDENTS)  # what follows may count on those kernels without waiting for this one
     first = lo * WARPS_K
+    lo_of_digits = lo
     if OWN_ROWS:
         PASS: gl.constexpr = 2 * WARPS_N * WARPS_K
         write_digits(
-            digits, sums, x_ptr, first, end, K, stride_xm,
+            digits, sums, x_ptr, first, end, rounds * WARPS_K if EVEN else None, K, stride_xm,
             OWN_ROWS, ROWS // PASS, PASS, SUBGROUPS, PAIRS, X, XL, TL,
         )  # fmt: skip
         barrier()
@@ -206,16 +240,15 @@ def decode_kernel(
             digit_offs, sum_offs, row, sum_row, first, end, TILES,
         )  # fmt: skip
     partial = gl.allocate_shared_memory(gl.float32, [2 * TILES, WARPS_K, S * LANES], FLAT)
-    padded = (hi - lo + DEPTH - 1) // DEPTH * DEPTH  # rounds of words loaded for a tile
-    ahead = DEPTH  # of them, for the tile that words are loaded for
-    ahead_tile = gl.program_id(0)
-    if PERSISTENT and ahead == padded:
-        ahead = 0
-        ahead_tile += gl.num_programs(0)
-        step -= padded * WARPS_K
-        q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, SUBGROUPS, L)
+    # The tile that words are loaded for, how many rounds of it there are, and how many are on their way
+    ahead_tile = tile_from
+    padded = (hi - lo + DEPTH - 1) // DEPTH * DEPTH
+    ahead = DEPTH
     side = 0
-    for tile in range(gl.program_id(0), tiles_n, gl.num_programs(0)):
+    for tile in range(tile_from, tile_to, tile_by):
+        if EVEN:
+            lo = gl.maximum(mine_from - tile * rounds, 0)
+            hi = gl.minimum(mine_to - tile * rounds, rounds)
         acc = ()
         for _ in gl.static_range(2 * TILES):
             acc = acc + (gl.zeros((WARPS_K, S, 32), gl.float32, L),)
@@ -227,17 +260,33 @@ def decode_kernel(
                 barrier()
                 first = (chunk + CHUNK) * WARPS_K
                 if PERSISTENT:
-                    first = gl.where(chunk + CHUNK < hi, first, lo * WARPS_K)  # of the next tile
+                    first = gl.where(chunk + CHUNK < hi, first, 0)  # of the next tile
                 _copy_chunk(
                     digit_chunks.index(1 - side), sum_chunks.index(1 - side), digits_ptr, sums_ptr,
                     digit_offs, sum_offs, row, sum_row, first, end, TILES,
                 )  # fmt: skip
                 barrier()  # before the first read of the chunk, or the compiler adds one to every round
             n = gl.minimum(CHUNK, hi - chunk)
+            place = side * CHUNK
+            if EVEN and OWN_ROWS:
+                place = (lo - lo_of_digits + rounds) % rounds
             for i in range(0, n, DEPTH):
+                if PERSISTENT and ahead == padded:
+                    ahead = 0
+                    ahead_tile += tile_by
+                    step = _steps(0, WARPS_K, S, L)
+                    q_ptrs, m_ptrs = _pointers(
+                        words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, SUBGROUPS, L
+                    )
+                    if EVEN:
+                        left = gl.maximum(gl.minimum(mine_to - ahead_tile * rounds, rounds), 0)
+                        padded = (left + DEPTH - 1) // DEPTH * DEPTH
+                        last = gl.maximum(gl.minimum(left * WARPS_K, steps) - 1, 0)
                 for d in gl.static_range(DEPTH):
                     if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
-                        stage = side * CHUNK + i + d
+                        stage = place + i + d
+                        if EVEN and OWN_ROWS:
+                            stage = gl.where(stage < rounds, stage, stage - rounds)
                         acc = _step(
                             acc,
                             q[d],
@@ -261,15 +310,7 @@ def decode_kernel(
                     )
                     step += WARPS_K
                     do(FENCE)
-                if PERSISTENT:
-                    ahead += DEPTH
-                    if ahead == padded:
-                        ahead = 0
-                        ahead_tile += gl.num_programs(0)
-                        step -= padded * WARPS_K
-                        q_ptrs, m_ptrs = _pointers(
-                            words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, SUBGROUPS, L
-                        )
+                ahead += DEPTH
             side = (SIDES - 1) - side
 
         # Epilogue: add the WARPS_K partial sums, then those of all programs in a fixed order
@@ -278,30 +319,39 @@ def decode_kernel(
             partial.index(c).store(gl.sum(part.reshape((WARPS_K, S * LANES, SUBGROUPS)), 2))
         barrier()
         offs_j = gl.arange(0, S * LANES, gl.SliceLayout(0, YL))
+        ys = ()
+        for c in gl.static_range(2 * TILES):
+            ys = ys + (gl.sum(partial.index(c).load(YL), 0),)
         mine = True
+        shared = SPLITS
         if SPLITS:
-            part_ptr = workspace_ptr + tile * (2 * TILES * S * LANES) + offs_j
-            split_stride = tiles_n * (2 * TILES * S * LANES)
-            for c in gl.static_range(2 * TILES):
-                gl.store(part_ptr + pid_k * split_stride + c * S * LANES, gl.sum(partial.index(c).load(YL), 0))
-            barrier()
-            mine = gl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == split - 1
-            if mine:
-                gl.store(counters_ptr + tile, 0)
+            # Where in the workspace part j of the tile is: first for j = 0, else others + j * stride
+            PART: gl.constexpr = 2 * TILES * S * LANES
+            if EVEN:
+                # the part that begins a tile is its program's last, after those of all programs' firsts
+                p, parts = sharers(tile, programs, tiles_n, rounds)
+                first_part, others, by, j = (programs + p) * PART, p * PART, PART, pid - p
+                shared = parts > 1
+                mine = parts == 1
+            else:
+                first_part, others, by, j, parts = tile * PART, tile * PART, tiles_n * PART, pid_k, split
+            part_ptr = workspace_ptr + offs_j
+            if shared:
+                my_ptr = part_ptr + gl.where(j == 0, first_part, others + j * by)
+                for c in gl.static_range(2 * TILES):
+                    gl.store(my_ptr + c * S * LANES, ys[c])
+                barrier()
+                mine = gl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == parts - 1
+                if mine:
+                    gl.store(counters_ptr + tile, 0)
+                    ys = _load_part(part_ptr + first_part, S * LANES, 2 * TILES)
+                    for i in range(1, parts):
+                        more = _load_part(part_ptr + (others + i * by), S * LANES, 2 * TILES)
+                        added = ()
+                        for c in gl.static_range(2 * TILES):
+                            added = added + (ys[c] + more[c],)
+                        ys = added
         if mine:
-            ys = ()
-            for c in gl.static_range(2 * TILES):
-                if SPLITS:
-                    ys = ys + (gl.load(part_ptr + c * S * LANES, cache_modifier=".cg"),)
-                else:
-                    ys = ys + (gl.sum(partial.index(c).load(YL), 0),)
-            if SPLITS:
-                for j in range(1, split):
-                    others = ()
-                    for c in gl.static_range(2 * TILES):
-                        ptr = part_ptr + j * split_stride + c * S * LANES
-                        others = others + (ys[c] + gl.load(ptr, cache_modifier=".cg"),)
-                    ys = others
             for c in gl.static_range(2 * TILES):
                 y = ys[c]
                 # row g + 8 r8 of a strip and row m of a tile of x
@@ -365,6 +415,16 @@ def constants(
     }  # fmt: skip
 
 
+def launch_options(tiles: int, warps: int, own_rows: int, pdl: bool) -> dict:
+    """Of the kernel's launch: what begins beside it, where registers are left, need not wait for its end to begin."""
+    options = {"num_warps": warps, "launch_pdl": pdl}
+    if tiles == 1 and warps == 8:
+        options["maxnreg"] = 128  # half of all, for the next product
+    elif warps == 16 and not own_rows:
+        options["maxnreg"] = 120  # a sixteenth is left, for the launch that finds the next digits
+    return options
+
+
 def prepare_decode(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
@@ -412,4 +472,4 @@ def prepare_decode(
     rows = (dtype, None, None) if own_rows else (None, torch.int32, torch.int32)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     pointers = (*rows, torch.int32, torch.int32, bias, dtype, *meeting)
-    return prepare(decode_kernel, device, pointers, 7, names, num_warps=warps_n * warps_k, launch_pdl=pdl)
+    return prepare(decode_kernel, device, pointers, 7, names, **launch_options(tiles, warps_n * warps_k, own_rows, pdl))

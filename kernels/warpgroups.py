@@ -77,6 +77,14 @@ def share(p, programs, streamed, units):
 
 
 @gluon.jit
+def sharers(tile, programs, streamed, units):
+    """The first program that has units of a streamed tile, and how many have some."""
+    total = streamed * units
+    first = (programs * (tile * units + 1) - 1) // total
+    return first, (programs * (tile + 1) * units - 1) // total - first + 1
+
+
+@gluon.jit
 def pieces(p, programs, streamed, tiles, units):
     """How many pieces of tiles program p has."""
     lo, hi = share(p, programs, streamed, units)

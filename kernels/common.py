@@ -16,6 +16,10 @@ LOAD2 = gl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
 FENCE = gl.constexpr("bar.warp.sync 0xffffffff; // $0")  # memory operations do not cross it; costs one NOP
 LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 WAIT_FOR_EARLIER = gl.constexpr("griddepcontrol.wait; // $0")
+WAIT_UNTIL = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; again: ld.acquire.gpu.global.b32 t, [$1]; setp.lt.s32 p, t, $2; @p bra again;"
+    " mov.b32 $0, t; }"
+)
 
 
 class Constants:
@@ -70,6 +74,19 @@ class Text(Constants):
 def do(ASM: gl.constexpr):
     """One instruction a thread."""
     gl.inline_asm_elementwise(ASM, "=r", (), dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive(counter_ptr):
+    """What all threads have stored can be read by whoever finds the counter higher by one."""
+    barrier()
+    gl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@gluon.jit
+def wait_for(counter_ptr, count):
+    """Wait until so many programs have arrived: ones that began before, or whose arrival waits for nothing."""
+    gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter_ptr, count), dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -33,6 +33,7 @@ from .common import (
     LAUNCH_DEPENDENTS,
     WAIT_FOR_EARLIER,
     Text,
+    arrive,
     barrier,
     bits_of,
     do,
@@ -41,6 +42,7 @@ from .common import (
     load_words,
     scales_and_zeros,
     unpack,
+    wait_for,
 )
 from .launch import Launch, prepare
 from .own_digits import Halves, write_digits
@@ -128,12 +130,20 @@ def _step(
 
 
 @gluon.jit
-def _load_part(ptr, STRIDE: gl.constexpr, COUNT: gl.constexpr):
-    """Partial sums of another program."""
-    part = ()
-    for c in gl.static_range(COUNT):
-        part = part + (gl.load(ptr + c * STRIDE, cache_modifier=".cg"),)
-    return part
+def _add_parts(ys, ptr, by, count, STRIDE: gl.constexpr):
+    """Add so many partial sums of other programs, in their order; four are on their way at once."""
+    for first in range(0, count, 4):
+        parts = ()
+        for i in gl.static_range(4):
+            part_ptr = ptr + gl.minimum(first + i, count - 1) * by
+            for c in gl.static_range(len(ys)):
+                parts = parts + (gl.load(part_ptr + c * STRIDE, cache_modifier=".cg"),)
+        for i in gl.static_range(4):
+            added = ()
+            for c in gl.static_range(len(ys)):
+                added = added + (gl.where(first + i < count, ys[c] + parts[i * len(ys) + c], ys[c]),)
+            ys = added
+    return ys
 
 
 @gluon.jit
@@ -323,34 +333,28 @@ def decode_kernel(
         for c in gl.static_range(2 * TILES):
             ys = ys + (gl.sum(partial.index(c).load(YL), 0),)
         mine = True
-        shared = SPLITS
         if SPLITS:
-            # Where in the workspace part j of the tile is: first for j = 0, else others + j * stride
+            # One of a tile's programs has the others' sums: with equal shares the one that begins it, as others go on
+            # with it at once; else the last, which runs when all others do or have. Parts lie STRIDE * PART apart
             PART: gl.constexpr = 2 * TILES * S * LANES
             if EVEN:
-                # the part that begins a tile is its program's last, after those of all programs' firsts
-                p, parts = sharers(tile, programs, tiles_n, rounds)
-                first_part, others, by, j = (programs + p) * PART, p * PART, PART, pid - p
-                shared = parts > 1
-                mine = parts == 1
+                first_sharer, parts = sharers(tile, programs, tiles_n, rounds)
+                mine = pid == first_sharer
+                part, others, by = pid, first_sharer + 1, 1
             else:
-                first_part, others, by, j, parts = tile * PART, tile * PART, tiles_n * PART, pid_k, split
+                parts = split
+                mine = pid_k == split - 1
+                part, others, by = pid_k * tiles_n + tile, tile, tiles_n
             part_ptr = workspace_ptr + offs_j
-            if shared:
-                my_ptr = part_ptr + gl.where(j == 0, first_part, others + j * by)
+            if not mine:
                 for c in gl.static_range(2 * TILES):
-                    gl.store(my_ptr + c * S * LANES, ys[c])
+                    gl.store(part_ptr + part * PART + c * S * LANES, ys[c])
+                arrive(counters_ptr + tile)
+            elif parts > 1:
+                wait_for(counters_ptr + tile, parts - 1)
+                ys = _add_parts(ys, part_ptr + others * PART, by * PART, parts - 1, S * LANES)
                 barrier()
-                mine = gl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == parts - 1
-                if mine:
-                    gl.store(counters_ptr + tile, 0)
-                    ys = _load_part(part_ptr + first_part, S * LANES, 2 * TILES)
-                    for i in range(1, parts):
-                        more = _load_part(part_ptr + (others + i * by), S * LANES, 2 * TILES)
-                        added = ()
-                        for c in gl.static_range(2 * TILES):
-                            added = added + (ys[c] + more[c],)
-                        ys = added
+                gl.store(counters_ptr + tile, 0)
         if mine:
             for c in gl.static_range(2 * TILES):
                 y = ys[c]

@@ -31,6 +31,7 @@ from .common import (
     LAUNCH_DEPENDENTS,
     WAIT_FOR_EARLIER,
     Text,
+    arrive,
     barrier,
     bits_of,
     do,
@@ -39,6 +40,7 @@ from .common import (
     load_words,
     scales_and_zeros,
     unpack,
+    wait_for,
 )
 from .launch import Address, Launch, Map, prepare
 from .warpgroups import described
@@ -241,14 +243,21 @@ def wide_kernel(
         PARTIAL: gl.constexpr = 16 * ROWS * WARPS
         part_ptrs = workspace_ptr + pid_n * PARTIAL + ((in_j * 2 + in_r) * WARPS + in_s) * 32 + in_g * 4 + in_t
         stride_part = gl.num_programs(0) * PARTIAL
-        gl.store(part_ptrs + pid_k * stride_part, acc)
-        barrier()
-        mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == split - 1
+        mine = pid_k == split - 1  # the last has the others' sums: it runs when all others do or have
         if mine:
+            wait_for(counters_ptr + pid_n, split - 1)
+            for first in range(0, split - 1, 4):  # four are on their way at once
+                parts = ()
+                for i in gl.static_range(4):
+                    part = gl.minimum(first + i, split - 2)
+                    parts = parts + (gl.load(part_ptrs + part * stride_part, cache_modifier=".cg"),)
+                for i in gl.static_range(4):
+                    y = gl.where(first + i < split - 1, y + parts[i], y)
+            barrier()
             gl.store(counters_ptr + pid_n, 0)
-            y = gl.load(part_ptrs, cache_modifier=".cg")
-            for j in range(1, split):
-                y += gl.load(part_ptrs + j * stride_part, cache_modifier=".cg")
+        else:
+            gl.store(part_ptrs + pid_k * stride_part, acc)
+            arrive(counters_ptr + pid_n)
     if mine:
         y = y * gl.where(in_r > 0, T.higher, 1.0)
         if bias_ptr is not None:

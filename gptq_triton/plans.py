@@ -131,9 +131,7 @@ class DecodePlan:
 
     def parts(self, problem: Problem) -> int:
         """Partial sums of tiles that programs leave for one another."""
-        if self.even:
-            return 2 * self.programs(problem)  # where a share begins, and where it ends
-        return self.split * self.programs(problem) if self.split > 1 else 0
+        return self.programs(problem) if self.even else (self.split - 1) * self.programs(problem)
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ class WidePlan:
 
     def parts(self, problem: Problem) -> int:
         """Partial sums of tiles that programs leave for one another."""
-        return self.split * self.programs(problem) if self.split > 1 else 0
+        return (self.split - 1) * self.programs(problem)
 
 
 @dataclass(frozen=True)

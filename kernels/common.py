@@ -12,7 +12,9 @@ from .integer_ptx import load_asm, meta_asm, product_asm, registers_asm, shift, 
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
-LOAD2 = gl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
+LOAD2 = gl.constexpr(
+    "{ .reg .pred on; setp.le.s32 on, $3, $4; mov.b32 $0, 0; mov.b32 $1, 0; @on ld.global.v2.b32 {$0, $1}, [$2]; }"
+)
 FENCE = gl.constexpr("bar.warp.sync 0xffffffff; // $0")  # memory operations do not cross it; costs one NOP
 LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 WAIT_FOR_EARLIER = gl.constexpr("griddepcontrol.wait; // $0")
@@ -55,6 +57,7 @@ class Text(Constants):
     def __init__(self, bits: int, scales_bf16: bool, *, warpgroup: bool, turns: int = 1) -> None:
         self.key = (bits, scales_bf16, warpgroup, turns)
         self.bits = gl.constexpr(bits)
+        self.step_words = gl.constexpr(64 * bits)
         self.pack = gl.constexpr(4 if warpgroup else 1)
         self.words = (gl.int32,) * (-(-bits // 2) if warpgroup else words(bits))
         self.registers = (gl.int8 if warpgroup else gl.int32,) * 16
@@ -90,9 +93,12 @@ def wait_for(counter_ptr, count):
 
 
 @gluon.jit
-def load_words(ptrs, T: gl.constexpr):
-    """The words of a strip and step, a tensor for each of a lane's words or vectors."""
-    return gl.inline_asm_elementwise(T.load, T.load_constraints, (ptrs,), dtype=T.words, is_pure=False, pack=T.pack)
+def load_words(ptrs, step, last, T: gl.constexpr):
+    """The words of a strip and step, a tensor for each of a lane's words or vectors; nothing beyond the last step."""
+    ptrs += step * T.step_words
+    return gl.inline_asm_elementwise(
+        T.load, T.load_constraints, (ptrs, step, last), dtype=T.words, is_pure=False, pack=T.pack
+    )
 
 
 @gluon.jit
@@ -104,13 +110,14 @@ def unpack(q, T: gl.constexpr):
 
 
 @gluon.jit
-def load_meta(ptrs, step, strips, SUBGROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr):
-    """The meta words of rows n and n + 8 for a step, for each group that is taken in turn."""
+def load_meta(ptrs, step, last, strips, SUBGROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr):
+    """The meta words of rows n and n + 8 for a step, for each group that is taken in turn; 0 beyond the last step."""
     meta = ()
     for turn in gl.static_range(TURNS):
         group = step * (SUBGROUPS * TURNS) // GROUP_STEPS + turn
+        group_ptrs = ptrs + group * strips * 16
         pair = gl.inline_asm_elementwise(
-            LOAD2, "=&r,=&r,l", (ptrs + group * strips * 16,), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+            LOAD2, "=&r,=&r,l,r,r", (group_ptrs, step, last), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
         )
         meta = meta + (pair,)
     return meta

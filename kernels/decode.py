@@ -207,11 +207,11 @@ def decode_kernel(
         lo = rounds * pid_k // split
         hi = rounds * (pid_k + 1) // split
     end = gl.minimum(hi * WARPS_K, steps)
-    last = gl.maximum(end - 1, 0)
+    last = end - 1
     if EVEN:
         end = steps  # of digits, which the next tile goes on with
 
-    # First pointers. Loads of W stay inside (clamped, not masked): beyond the end digits and units are 0
+    # First pointers
     step = _steps(lo * WARPS_K, WARPS_K, S, L)
     q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, tile_from, strips, steps * STEP_WORDS, S, SUBGROUPS, L)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -229,8 +229,8 @@ def decode_kernel(
     q = ()
     meta = ()
     for d in gl.static_range(DEPTH):
-        q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
+        q = q + (load_words(q_ptrs, step, last, T),)
+        meta = meta + (load_meta(m_ptrs, step, last, strips, SUBGROUPS, TURNS, GROUP_STEPS),)
         step += WARPS_K
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
@@ -291,7 +291,9 @@ def decode_kernel(
                     if EVEN:
                         left = gl.maximum(gl.minimum(mine_to - ahead_tile * rounds, rounds), 0)
                         padded = (left + DEPTH - 1) // DEPTH * DEPTH
-                        last = gl.maximum(gl.minimum(left * WARPS_K, steps) - 1, 0)
+                        last = gl.minimum(left * WARPS_K, steps) - 1
+                    else:
+                        last = gl.where(ahead_tile < tiles_n, last, -1)
                 for d in gl.static_range(DEPTH):
                     if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
                         stage = place + i + d
@@ -312,10 +314,10 @@ def decode_kernel(
                             GL,
                             L,
                         )
-                    q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
+                    q = q[:d] + (load_words(q_ptrs, step, last, T),) + q[d + 1 :]
                     meta = (
                         meta[:d]
-                        + (load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
+                        + (load_meta(m_ptrs, step, last, strips, SUBGROUPS, TURNS, GROUP_STEPS),)
                         + meta[d + 1 :]
                     )
                     step += WARPS_K
@@ -419,16 +421,6 @@ def constants(
     }  # fmt: skip
 
 
-def launch_options(tiles: int, warps: int, own_rows: int, pdl: bool) -> dict:
-    """Of the kernel's launch: what begins beside it, where registers are left, need not wait for its end to begin."""
-    options = {"num_warps": warps, "launch_pdl": pdl}
-    if tiles == 1 and warps == 8:
-        options["maxnreg"] = 128  # half of all, for the next product
-    elif warps == 16 and not own_rows:
-        options["maxnreg"] = 120  # a sixteenth is left, for the launch that finds the next digits
-    return options
-
-
 def prepare_decode(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
@@ -465,9 +457,10 @@ def prepare_decode(
         - words: int32 (all_strips, steps, 64 * bits).
         - meta: int32 (groups, all_strips * 16), scales of 16 bits above zero points.
         - bias: (N,), or None. y: (M, N), unit stride along N, M at most the rows of all tiles; overwritten.
-        - workspace: float32, split * programs * 16 * strips * warps_n elements for each row of the tiles; None when
-          split is 1.
-        - counters: int32, a zero for each of ``programs``, left at zero; None when split is 1.
+        - workspace: float32, (split - 1) * programs * 16 * strips * warps_n elements for each row of the tiles; with
+          equal shares ``programs`` is as many as there are, and split 2. None when split is 1.
+        - counters: int32, a zero for each of ceil(all_strips / (strips * warps_n)) tiles, left at zero; None when split
+          is 1.
     """
     names = constants(
         bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl,
@@ -476,4 +469,4 @@ def prepare_decode(
     rows = (dtype, None, None) if own_rows else (None, torch.int32, torch.int32)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     pointers = (*rows, torch.int32, torch.int32, bias, dtype, *meeting)
-    return prepare(decode_kernel, device, pointers, 7, names, **launch_options(tiles, warps_n * warps_k, own_rows, pdl))
+    return prepare(decode_kernel, device, pointers, 7, names, num_warps=warps_n * warps_k, launch_pdl=pdl)

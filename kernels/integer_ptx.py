@@ -17,11 +17,15 @@ def words(bits: int) -> int:
 
 
 def load_asm(bits: int, addresses: int = 1) -> tuple[str, str]:
-    """The words of a lane, strip and step, padded to whole vectors: inputs addresses, of which the first counts."""
+    """The words of a lane, strip and step, padded to whole vectors.
+
+    Inputs addresses, a step, the last step that there is, so many times each; the first counts. Beyond the last step
+    nothing is loaded: a program ends when all that it loads has arrived.
+    """
     n = words(bits)
     whole = -(-n // 4) * 4 if addresses > 1 else n
     # a vector of all lanes, then the next one
-    load = "ld.global.L1::no_allocate.v{}.b32 {{{}}}, [{}];"
+    load = "@on ld.global.L1::no_allocate.v{}.b32 {{{}}}, [{}];"
     lines = [
         load.format(4, ", ".join(f"${first + i}" for i in range(4)), f"${whole} + {first * 128}")
         for first in range(0, n - n % 4, 4)
@@ -30,7 +34,9 @@ def load_asm(bits: int, addresses: int = 1) -> tuple[str, str]:
         lines.insert(0, f".reg .b32 l; .reg .b64 p; mov.u32 l, %laneid; mul.wide.u32 p, l, 8; sub.s64 p, ${whole}, p;")
         lines.append(load.format(2, f"${n - 2}, ${n - 1}", f"p + {(n - 2) * 128}"))
         lines += [f"mov.b32 ${i}, 0;" for i in range(n, whole)]
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * whole + ["l"] * addresses)
+    lines.insert(0, f".reg .pred on; setp.le.s32 on, ${whole + addresses}, ${whole + 2 * addresses};")
+    inputs = ["l"] * addresses + ["r"] * (2 * addresses)
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * whole + inputs)
 
 
 def registers_asm(bits: int, *, signed: bool = False) -> tuple[str, str]:

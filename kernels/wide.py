@@ -163,9 +163,9 @@ def wide_kernel(
     split = gl.num_programs(1)
     lo = steps * pid_k // split
     hi = steps * (pid_k + 1) // split
-    last = gl.maximum(hi - 1, 0)
+    last = hi - 1
 
-    # First pointers. Loads of W stay inside (clamped, not masked)
+    # First pointers; strips past the last read it again, and are not stored
     strip = gl.minimum(pid_n * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L))), strips - 1)
     strip = gl.expand_dims(gl.expand_dims(strip, 1), 2)
     lane = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, L))), 0), 2)
@@ -188,8 +188,8 @@ def wide_kernel(
     meta = ()
     step = lo
     for d in gl.static_range(DEPTH):
-        q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, 1, TURNS, GROUP_STEPS),)
+        q = q + (load_words(q_ptrs, step, last, T),)
+        meta = meta + (load_meta(m_ptrs, step, last, strips, 1, TURNS, GROUP_STEPS),)
         step += 1
     barrier()  # the mbarriers are there
     if PDL:
@@ -214,10 +214,10 @@ def wide_kernel(
                     stage = side * CHUNK + i + d
                     b, sums = step_digits.index(stage), step_sums.index(stage)
                     acc = _step(acc, q[d], meta[d], b, sums, T, ROWS, WARPS, TURNS, ZL)
-                q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
+                q = q[:d] + (load_words(q_ptrs, step, last, T),) + q[d + 1 :]
                 meta = (
                     meta[:d]
-                    + (load_meta(m_ptrs, gl.minimum(step, last), strips, 1, TURNS, GROUP_STEPS),)
+                    + (load_meta(m_ptrs, step, last, strips, 1, TURNS, GROUP_STEPS),)
                     + meta[d + 1 :]
                 )
                 step += 1
@@ -291,6 +291,12 @@ def constants(
     }  # fmt: skip
 
 
+def launch_options(bits: int, group_columns: int, warps: int, depth: int, pdl: bool) -> dict:
+    """Of the kernel's launch: registers for five programs of four warps a multiprocessor where that takes no spills."""
+    five = warps == 4 and depth <= 4 and depth * bits <= 16 and group_columns >= 128
+    return {"num_warps": warps, "launch_pdl": pdl} | ({"maxnreg": 96} if five else {})
+
+
 def prepare_wide(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     rows: int, warps: int, depth: int, chunk: int, split: int, pdl: bool,
@@ -313,13 +319,13 @@ def prepare_wide(
 
     Returns:
         A launch as `decode.prepare_decode` returns it, without x: M at most ``rows``, ``programs = ceil(all_strips /
-        warps)``, the workspace of split * programs * 16 * warps * rows elements.
+        warps)``, the workspace of (split - 1) * programs * 16 * warps * rows elements.
     """
     names = constants(bits, scales_bf16, rows, warps, depth, chunk, split > 1, group_columns, pdl)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     digits_box = described(torch.int8, [chunk * 2 * rows, 128], DIGITS_LAYOUT.value)
     pointers = (digits_box, *[torch.int32] * 3, bias, dtype, *meeting)
-    run = prepare(wide_kernel, device, pointers, 5, names, num_warps=warps, launch_pdl=pdl)
+    run = prepare(wide_kernel, device, pointers, 5, names, **launch_options(bits, group_columns, warps, depth, pdl))
 
     def launch(
         programs: int, split: int, stream: int, x: None, digits: int, sums: int, words: int, meta: int,

@@ -254,4 +254,6 @@ def test_loads_follow_each_other(bits, addresses):
     assert outputs == [f"${i}" for i in range(words(bits))]
     assert [int(offset) for *_, offset in loads] == [512 * i for i in range(len(loads))]
     padded = -(-words(bits) // 4) * 4 if addresses > 1 else words(bits)
-    assert constraints.split(",") == ["=&r"] * padded + ["l"] * addresses
+    assert constraints.split(",") == ["=&r"] * padded + ["l"] * addresses + ["r"] * (2 * addresses)
+    assert f"setp.le.s32 on, ${padded + addresses}, ${padded + 2 * addresses};" in text
+    assert all(re.search(r"@on ld[^;]*$", part) for part in text.split(";") if "ld." in part)

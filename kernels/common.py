@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Gluon's own types are constexprs here and tensors there)
 
+import hashlib
 from typing import Any
 
 from triton.experimental import gluon
@@ -41,7 +42,9 @@ class Constants:
         return hash(self.key)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}{self.key}"
+        """What tells compiled kernels apart on disk: other releases have other text for the same key."""
+        text = ", ".join(f"{name}={value}" for name, value in sorted(vars(self).items()))
+        return f"{type(self).__name__}({hashlib.sha256(text.encode()).hexdigest()})"
 
 
 class Text(Constants):
@@ -52,10 +55,11 @@ class Text(Constants):
         scales_bf16: Whether scales are bfloat16, not float16.
         warpgroup: For products of warpgroups, whose operands are tensors of signed bytes, words four to an element.
         turns: Groups of a step that a lane takes in turn (not for warpgroups).
+        chains: Of products (not for warpgroups), 1 or 2; 1 with turns.
     """
 
-    def __init__(self, bits: int, scales_bf16: bool, *, warpgroup: bool, turns: int = 1) -> None:
-        self.key = (bits, scales_bf16, warpgroup, turns)
+    def __init__(self, bits: int, scales_bf16: bool, *, warpgroup: bool, turns: int = 1, chains: int = 1) -> None:
+        self.key = (bits, scales_bf16, warpgroup, turns, chains)
         self.bits = gl.constexpr(bits)
         self.step_words = gl.constexpr(64 * bits)
         self.pack = gl.constexpr(4 if warpgroup else 1)
@@ -68,7 +72,7 @@ class Text(Constants):
             "unpack": registers_asm(bits, signed=warpgroup),
             "meta0": meta_asm(bits, 0, scales_bf16, signed=warpgroup),
             "meta1": meta_asm(bits, 1, scales_bf16, signed=warpgroup),
-            "product": product_asm(turns),
+            "product": product_asm(turns, chains),
         }.items():
             self.keep(**{name: asm, f"{name}_constraints": constraints})
 

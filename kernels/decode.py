@@ -382,13 +382,14 @@ def constants(
     subgroups, turns = (1, groups) if in_turn else (groups, 1)
     S = strips * warps_n
     warps = warps_n * warps_k
+    chains = 2 if tiles == turns == 1 else 1  # where there are no other products to go on with
     # strips go to warps first, then to registers; what does not depend on the strip is the same in those warps
     here = bits_of(S)[: warps_n.bit_length() - 1]
     rest = bits_of(S)[warps_n.bit_length() - 1 :]
     same = [[0, 0, 0] for _ in here]
     in_k = [[k, 0, 0] for k in bits_of(warps_k)]
     return {
-        "T": Text(bits, scales_bf16, warpgroup=False, turns=turns), "TILES": tiles, "STRIPS": strips,
+        "T": Text(bits, scales_bf16, warpgroup=False, turns=turns, chains=chains), "TILES": tiles, "STRIPS": strips,
         "WARPS_N": warps_n, "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
         "PERSISTENT": persistent,
         "GROUP_STEPS": max(1, group_columns // 128),

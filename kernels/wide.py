@@ -291,9 +291,9 @@ def constants(
     }  # fmt: skip
 
 
-def launch_options(bits: int, group_columns: int, warps: int, depth: int, pdl: bool) -> dict:
+def launch_options(bits: int, rows: int, group_columns: int, warps: int, depth: int, pdl: bool) -> dict:
     """Of the kernel's launch: registers for five programs of four warps a multiprocessor where that takes no spills."""
-    five = warps == 4 and depth <= 4 and depth * bits <= 16 and group_columns >= 128
+    five = rows == 16 and warps == 4 and depth <= 4 and 12 <= depth * bits <= 16 and group_columns >= 128
     return {"num_warps": warps, "launch_pdl": pdl} | ({"maxnreg": 96} if five else {})
 
 
@@ -325,7 +325,7 @@ def prepare_wide(
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     digits_box = described(torch.int8, [chunk * 2 * rows, 128], DIGITS_LAYOUT.value)
     pointers = (digits_box, *[torch.int32] * 3, bias, dtype, *meeting)
-    run = prepare(wide_kernel, device, pointers, 5, names, **launch_options(bits, group_columns, warps, depth, pdl))
+    run = prepare(wide_kernel, device, pointers, 5, names, **launch_options(bits, rows, group_columns, warps, depth, pdl))
 
     def launch(
         programs: int, split: int, stream: int, x: None, digits: int, sums: int, words: int, meta: int,

@@ -69,7 +69,9 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     }
     integers = ("M", "N", "K", "steps", "strips", "stride_xm", "stride_ym")
     if isinstance(plan, WidePlan):
-        options = wide.launch_options(problem.bits, problem.group_columns, plan.warps, plan.depth, pdl)
+        options = wide.launch_options(
+            problem.bits, plan.rows(problem), problem.group_columns, plan.warps, plan.depth, pdl
+        )
         return compiled(wide.wide_kernel, pointers, integers, constants, problem.arch, **options)
     options = {"num_warps": plan.warps_n * plan.warps_k, "launch_pdl": pdl}
     return compiled(decode.decode_kernel, pointers, integers, constants, problem.arch, **options)

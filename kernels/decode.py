@@ -5,10 +5,12 @@
 where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. Up to
 four rows of x every program may find the digits itself, while its first words are on their way; else they come from a
 launch before. Codes go from memory straight to the registers that feed the tensor cores, one mask for four codes
-(integer_ptx.py); they never touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N
-rows of W and one of several ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128
-columns). Partial sums meet in shared memory, then in a workspace, where the last program to arrive adds them in a fixed
-order. Where tiles come out unevenly, as many programs as can run have equal shares of all of them instead.
+(integer_ptx.py); they never touch shared memory. A warp loads DEPTH rounds ahead, and nothing that it does not use: a
+program ends when all its loads have arrived. Programs of eight warps or fewer leave room for those of the next launch,
+whose words are on their way before these end. A program owns 16 * STRIPS * WARPS_N rows of W and one of several ranges
+of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128 columns). Partial sums meet in
+shared memory, then in a workspace, where one program waits for those of the others and adds them in a fixed order.
+Where tiles come out unevenly, there are as many programs as multiprocessors, with equal shares of all tiles.
 
 Where a step has two or four groups there are two forms. A column of a product is a digit of a row of x within one
 group, 0 elsewhere: each lane has the sums of its own group, those of a row's lanes meet at the end, and a tile has two
@@ -382,7 +384,7 @@ def constants(
     subgroups, turns = (1, groups) if in_turn else (groups, 1)
     S = strips * warps_n
     warps = warps_n * warps_k
-    chains = 2 if tiles == turns == 1 else 1  # where there are no other products to go on with
+    chains = 2 if tiles == turns == 1 and warps <= 8 else 1  # where there are no other products to go on with
     # strips go to warps first, then to registers; what does not depend on the strip is the same in those warps
     here = bits_of(S)[: warps_n.bit_length() - 1]
     rest = bits_of(S)[warps_n.bit_length() - 1 :]

@@ -6,8 +6,8 @@ As in decode.py, x comes as two signed digits (digits.py) and codes go from memo
 Here the registers are the A operand of ``wgmma``, and the digits of 8 or 16 rows, which all warps share, are its B
 operand in shared memory, so the product runs beside the masks and sums of other warps. The copy engine brings digits: a
 thread's own copies would need a fence before products may read them, and the fence waits for the words in flight. A
-program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the last
-program to arrive adds them in a fixed order.
+program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the program of
+the last range waits for the others' and adds them in a fixed order.
 
 Groups of 64 have products of their own, two for a step, each with its scales.
 

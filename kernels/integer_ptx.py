@@ -176,4 +176,5 @@ def product_asm(turns: int, chains: int = 1) -> tuple[str, str]:
                 f"fma.rn.f32 ${r8}, f, g, ${r8};",
             ]
     kinds = ["r"] * 24 + ["f", "f", "r", "r", "r"] * turns + ["f"] * 3
-    return "{ .reg .b32 z, c0, c1, c2, c3, e0, e1, e2, e3; .reg .f32 f, g;\n" + "\n".join(lines) + " }", ",".join(["=&f"] * 2 + kinds)
+    declared = ".reg .b32 z, c0, c1, c2, c3, e0, e1, e2, e3; .reg .f32 f, g;"
+    return f"{{ {declared}\n" + "\n".join(lines) + " }", ",".join(["=&f"] * 2 + kinds)

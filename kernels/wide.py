@@ -325,7 +325,8 @@ def prepare_wide(
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     digits_box = described(torch.int8, [chunk * 2 * rows, 128], DIGITS_LAYOUT.value)
     pointers = (digits_box, *[torch.int32] * 3, bias, dtype, *meeting)
-    run = prepare(wide_kernel, device, pointers, 5, names, **launch_options(bits, rows, group_columns, warps, depth, pdl))
+    options = launch_options(bits, rows, group_columns, warps, depth, pdl)
+    run = prepare(wide_kernel, device, pointers, 5, names, **options)
 
     def launch(
         programs: int, split: int, stream: int, x: None, digits: int, sums: int, words: int, meta: int,

@@ -213,7 +213,7 @@ def test_even_shares_are_taken_where_tiles_come_out_unevenly(strips, steps, mult
             waves = math.ceil(tiles / multiprocessors)
             assert programs == min(multiprocessors, tiles * rounds)
             assert 2 <= busiest <= waves * whole.rounds(problem)
-            assert plan.parts(problem) == 2 * programs
+            assert plan.parts(problem) == programs  # each leaves one at most: of the tile it goes on with
 
 
 @given(problems)

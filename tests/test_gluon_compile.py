@@ -39,6 +39,14 @@ def compiled(kernel, pointers: dict[str, str | None], integers: tuple[str, ...],
     return compile(source, GPUTarget("cuda", int(arch[3:]), 32), options=options)
 
 
+def test_kernels_on_disk_are_told_apart_by_their_text():
+    from gptq_triton.kernels.common import Text
+
+    text, same, other = (Text(4, False, warpgroup=False) for _ in range(3))
+    other.keep(unpack="of another release")
+    assert repr(text) == repr(same) != repr(other)
+
+
 def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     from gptq_triton.kernels import decode, wide
 

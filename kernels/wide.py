@@ -215,11 +215,7 @@ def wide_kernel(
                     b, sums = step_digits.index(stage), step_sums.index(stage)
                     acc = _step(acc, q[d], meta[d], b, sums, T, ROWS, WARPS, TURNS, ZL)
                 q = q[:d] + (load_words(q_ptrs, step, last, T),) + q[d + 1 :]
-                meta = (
-                    meta[:d]
-                    + (load_meta(m_ptrs, step, last, strips, 1, TURNS, GROUP_STEPS),)
-                    + meta[d + 1 :]
-                )
+                meta = meta[:d] + (load_meta(m_ptrs, step, last, strips, 1, TURNS, GROUP_STEPS),) + meta[d + 1 :]
                 step += 1
                 do(FENCE)
         phase ^= side

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,12 @@ def products(bits: int) -> int:
     operands, count = product.Operands.of(tiled, None, True), 0
     for M in ROWS:
         x, dy = (exact_rows(M, width, torch.float16) for width in (K, N))
-        expected, problem = oracle(x, weight).half(), product.problem_of(M, torch.float16, 0, tiled)
+        expected = oracle(x, weight).half()
+        # few programs take one tile, or part of one, after another
+        problem = replace(product.problem_of(M, torch.float16, 0, tiled), multiprocessors=4)
         plans: dict[Any, Any] = {"floats": dispatch._dequantize(problem)}
         for plan in dispatch.candidates(problem):
-            kind = type(plan), getattr(plan, "own_digits", False)
+            kind = type(plan), getattr(plan, "own_digits", False), getattr(plan, "even", False)
             if kind not in plans or plan.split == 2:
                 plans[kind] = plan
         for plan in plans.values():

@@ -103,25 +103,39 @@ def candidates(problem: Problem) -> Iterator[FusedPlan]:
         yield from _matmul(problem)
 
 
-# (strips, warps_n, warps_k, depth, chunk) of the best on an H200, by width of codes; the last is for small layers
+# (strips, warps_n, warps_k, depth, chunk) by width of codes. Programs of four and eight warps leave room for the next
+# launch, whose words are then on their way while this one ends
+_FULL = (1, 4, 4, 4, 4), (2, 4, 4, 2, 4), (2, 2, 8, 2, 4), (1, 2, 8, 4, 4)
+_HALF = (1, 2, 4, 8, 8), (1, 1, 8, 8, 8), (1, 1, 4, 8, 8), (1, 2, 2, 8, 8)
+_PAIRS = (1, 4, 4, 4, 4), (2, 2, 8, 2, 2), (1, 2, 8, 2, 2)
 _DECODE = {
     1: {
-        2: ((1, 4, 4, 4, 4), (2, 2, 8, 4, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
-        3: ((1, 4, 4, 4, 4), (2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 2, 8, 4, 4)),
-        4: ((1, 4, 4, 4, 4), (2, 2, 8, 2, 4), (2, 4, 4, 2, 4), (1, 2, 8, 2, 4), (1, 2, 8, 4, 4)),
-        8: ((1, 4, 4, 2, 4), (2, 2, 8, 2, 4), (1, 2, 8, 2, 4)),
+        2: (*_FULL, *_HALF, (2, 2, 8, 4, 4), (2, 4, 4, 4, 4), (1, 4, 4, 8, 8), (2, 2, 4, 4, 4)),
+        3: (*_FULL, *_HALF, (2, 4, 4, 4, 4), (1, 4, 4, 8, 8)),
+        4: (*_FULL, *_HALF, (1, 2, 8, 2, 4)),
+        8: (
+            (1, 4, 4, 2, 4),
+            (1, 2, 8, 2, 4),
+            (1, 2, 8, 4, 4),
+            (1, 2, 4, 4, 4),
+            (1, 1, 8, 4, 4),
+            (1, 1, 4, 4, 4),
+            (1, 2, 2, 4, 4),
+        ),
     },
-    2: dict.fromkeys(
-        (2, 3, 4, 8),
-        ((1, 4, 4, 4, 4), (2, 2, 8, 2, 2), (2, 4, 4, 2, 4), (2, 1, 8, 2, 4), (1, 4, 4, 2, 4), (1, 2, 8, 2, 2)),
-    ),
-    4: dict.fromkeys((2, 3, 8), ((2, 1, 8, 2, 2),)) | {4: ((2, 1, 8, 2, 2), (1, 4, 4, 2, 4))},
+    2: {
+        2: (*_PAIRS, (1, 2, 8, 4, 4), (1, 2, 4, 4, 4), (1, 1, 8, 4, 4)),
+        3: (*_PAIRS, (1, 2, 8, 4, 4), (1, 2, 4, 4, 4), (1, 1, 8, 4, 4)),
+        4: (*_PAIRS, (1, 2, 4, 4, 4), (1, 1, 8, 4, 4)),
+        8: ((1, 4, 4, 2, 4), (1, 2, 8, 2, 2), (1, 2, 4, 2, 4), (1, 1, 8, 2, 2)),
+    },
+    4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
 # (warps, depth, chunk)
 _WIDE = {
     **dict.fromkeys((2, 3), ((4, 2, 4), (4, 4, 4), (8, 4, 8), (8, 8, 8), (4, 8, 8))),
-    4: ((4, 2, 4), (4, 4, 4), (8, 4, 8), (8, 8, 8)),
-    8: ((4, 2, 4), (8, 2, 4), (16, 2, 4), (8, 4, 8)),
+    4: ((4, 2, 4), (4, 4, 4), (8, 4, 8), (8, 8, 8), (4, 8, 8)),
+    8: ((4, 2, 4), (8, 2, 4), (16, 2, 4), (8, 4, 8), (4, 4, 4)),
 }
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
@@ -134,6 +148,7 @@ _AMD = {16: ((64, 4, 2, None),), 64: ((64, 4, 2, None),)}
 _FLOAT = {16: ((32, 8, 2, None),)}
 _DIGIT_BYTES, _SUM_BYTES = 1024, 32  # of a step, for a tile of x; sums for each group that is taken in turn
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+_UNEVEN = 1.04  # how much longer the busiest multiprocessor takes than all do in the mean, for equal shares to pay off
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 elsewhere
 
 
@@ -152,14 +167,16 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
         while chunk > 1 and 2 * chunk * warps_k * step > room:
             chunk //= 2
         rounds = -(-problem.steps // warps_k)
-        plans = [
-            DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, split, in_turn=in_turn)
-            for split in _SPLITS
-            if split <= rounds
-        ]
-        one_by_one = replace(plans[0], persistent=True)
-        if one_by_one.programs(problem) < -(-problem.strips // one_by_one.strips_of_program):
+        one = DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, 1, in_turn=in_turn)
+        count, slots = one.tiles_of_weight(problem), problem.multiprocessors * max(1, 16 // (warps_n * warps_k))
+        splits = [split for split in _SPLITS if split == 1 or split <= min(rounds, slots // count)]
+        plans = [replace(one, split=split) for split in splits]
+        one_by_one, even = replace(one, persistent=True), replace(one, persistent=True, split=2)
+        if one_by_one.programs(problem) < count:
             plans.append(one_by_one)
+        waves = count / even.programs(problem)
+        if rounds > 1 and even.rounds(problem) > 1 and math.ceil(waves) > _UNEVEN * waves:
+            plans.append(even)
         yield from plans
         own = (with_own_digits(problem, replace(plan, depth=depth)) for plan in plans)
         yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 0.9)
@@ -171,17 +188,17 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
         return None
     if problem.ordered:
         return None  # every program putting x in order takes longer
-    rounds = math.ceil(math.ceil(problem.steps / plan.warps_k) / plan.split)
+    rounds = min(plan.rounds(problem), math.ceil(problem.steps / plan.warps_k))
     chunk = math.ceil(rounds / (2 * plan.warps_n)) * 2 * plan.warps_n  # whole passes of two steps a warp
     room = _room(problem, plan.strips * plan.warps_n * plan.warps_k)
     fit = chunk * plan.warps_k * (_DIGIT_BYTES + _SUM_BYTES) <= room
-    return replace(plan, chunk=chunk, own_digits=True) if fit else None
+    return replace(plan, chunk=chunk, depth=min(plan.depth, chunk), own_digits=True) if fit else None
 
 
 def with_order(problem: Problem, plan: FusedPlan) -> FusedPlan | None:
     """A plan for the same product without act-order, changed as the order asks; None where others suit it better."""
     if isinstance(plan, DecodePlan) and plan.own_digits:
-        return replace(plan, chunk=4, own_digits=False)
+        return replace(plan, depth=min(plan.depth, 4), chunk=4, own_digits=False)
     many = ROWS_OF_DIGITS // problem.subgroups < problem.M
     return plan if many or isinstance(plan, (DecodePlan, WidePlan)) else None
 
@@ -248,10 +265,15 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
             continue  # tiles that take turns, or are mostly empty
         rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * problem.subgroups)
-        stages = min(8, (_SHARED_MEMORY[90] * 1024 // resident - 2048 - 2 * rows * block_m) // step)
+        room = _SHARED_MEMORY[90] * 1024 // resident - 2048
+        # y leaves whole if that leaves room for two stages, else half by half
+        stages = max(min(8, (room - 2 * rows * block_m) // step), min(2, (room - rows * block_m) // step))
         if stages < 2:
             continue
-        plans = [LargePlan(block_m, groups, stages, split, resident) for split in _SPLITS if split <= problem.steps]
+        whole = LargePlan(block_m, groups, stages, 1, resident)
+        most = max(1, resident * problem.multiprocessors // whole.tiles(problem))  # equal parts of a tile
+        splits = [split for split in sorted({*_SPLITS, most}) if split <= problem.steps]
+        plans = [replace(whole, split=split) for split in splits]
         if (
             plans[0].tiles(problem) >= resident * problem.multiprocessors
             and 256 * problem.M * problem.steps > _SHARED_X
@@ -320,7 +342,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     blocks_m, filling, more = 1, 0.4, problem.subgroups - 1
     digits = 0.8 + 0.0005 * problem.M * problem.steps  # by a launch before
     if isinstance(plan, DecodePlan):
-        resident = max(1, 16 // (plan.warps_n * plan.warps_k))
+        resident = 1 if plan.persistent else max(1, 16 // (plan.warps_n * plan.warps_k))
         each = 65 * plan.tiles + 60
         cycles = each + 30 * plan.tiles * more if plan.in_turn else each * (1.3 if more else 1)
         filling = 2.5 if plan.tiles > 2 else 0.1 if plan.persistent and not more else 0.4
@@ -331,7 +353,11 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     else:
         resident, cycles = {16: 4, 32: 3}.get(plan.block_m, 2), 190 + 5 * plan.block_m + 58 * more
         blocks_m, filling, digits = -(-problem.M // plan.block_m), 4.0, order
-    programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
+    tiles = -(-problem.strips // plan.strips_of_program)
+    programs, parts = tiles * plan.split * blocks_m, plan.split  # of a tile
+    if isinstance(plan, DecodePlan) and plan.even:
+        programs = plan.programs(problem)
+        parts = 1 + -(-programs // tiles)
     slots = resident * problem.multiprocessors
     waves = -(-programs // slots)
     at_once = slots if waves == 1 else problem.multiprocessors  # a slot that is free is taken at once
@@ -339,7 +365,7 @@ def microseconds(problem: Problem, plan: FusedPlan) -> float:
     work = problem.strips * problem.steps * busiest
     arrival = work * 256 * problem.bits / 4.3e6
     arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
-    meeting = 0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split
+    meeting = 0.0 if plan.split == 1 else 0.8 + 0.1 * parts
     return max(arrival, arithmetic) + filling * waves + digits + meeting
 
 

@@ -77,8 +77,8 @@ class DecodePlan:
     warps_k: int
     depth: int
     chunk: int
-    split: int
-    persistent: bool = False
+    split: int  # programs that share a tile
+    persistent: bool = False  # a program takes one tile after another; with split: equal shares, cut anywhere in a tile
     own_digits: bool = False  # programs find the digits of x themselves; chunk is all of a program's rounds
     in_turn: bool = False  # groups of a step have products of their own, not columns: a tile keeps its four rows
 
@@ -99,13 +99,39 @@ class DecodePlan:
         """Rows of x that a program multiplies."""
         return self.tiles * self.rows_of_tile(problem)
 
+    @property
+    def even(self) -> bool:
+        """Whether programs have equal shares of all tiles, which begin and end anywhere in a tile."""
+        return self.persistent and self.split > 1
+
+    def tiles_of_weight(self, problem: Problem) -> int:
+        """Strips that a program owns at a time, all of them."""
+        return -(-problem.strips // self.strips_of_program)
+
+    def rounds(self, problem: Problem) -> int:
+        """Of a program: what its warps do at once, a step each."""
+        rounds = -(-problem.steps // self.warps_k)  # of a tile
+        if self.even:
+            return -(-self.tiles_of_weight(problem) * rounds // self.programs(problem))
+        return -(-rounds // self.split)
+
     def programs(self, problem: Problem) -> int:
         """Over the strips: one for each tile, or as few as are as fast when each takes one tile after another."""
-        tiles = -(-problem.strips // self.strips_of_program)
+        tiles = self.tiles_of_weight(problem)
         if not self.persistent:
             return tiles
-        slots = problem.multiprocessors * max(1, 16 // (self.warps_n * self.warps_k))
-        return -(-tiles // -(-tiles // slots))
+        most = problem.multiprocessors
+        if self.even:
+            return min(most, tiles * -(-problem.steps // self.warps_k))
+        return -(-tiles // -(-tiles // most))
+
+    def grid(self, problem: Problem) -> tuple[int, int]:
+        """Programs over the strips, and over k."""
+        return self.programs(problem), 1 if self.even else self.split
+
+    def parts(self, problem: Problem) -> int:
+        """Partial sums of tiles that programs leave for one another."""
+        return self.programs(problem) if self.even else (self.split - 1) * self.programs(problem)
 
 
 @dataclass(frozen=True)
@@ -134,6 +160,14 @@ class WidePlan:
         """Over the strips."""
         return -(-problem.strips // self.strips_of_program)
 
+    def grid(self, problem: Problem) -> tuple[int, int]:
+        """Programs over the strips, and over k."""
+        return self.programs(problem), self.split
+
+    def parts(self, problem: Problem) -> int:
+        """Partial sums of tiles that programs leave for one another."""
+        return (self.split - 1) * self.programs(problem)
+
 
 @dataclass(frozen=True)
 class MatmulPlan:
@@ -160,7 +194,7 @@ class LargePlan:
     block_m: int
     groups: int
     stages: int
-    split: int  # programs that share a tile of y, about and at most; 1: none do
+    split: int  # programs that share a tile of y: so many if they can run at once, else as many as can; 1: none do
     resident: int = 1  # programs of a multiprocessor at a time
 
     @property
@@ -177,9 +211,9 @@ class LargePlan:
         tiles, most = self.tiles(problem), self.resident * problem.multiprocessors
         if self.split == 1:
             return min(most, tiles), 0
-        programs, streamed = shared_evenly(tiles, most)
-        programs = min(programs, tiles * self.split)
-        return programs, streamed if programs != tiles else 0
+        if tiles * self.split <= most:
+            return tiles * self.split, tiles
+        return most, tiles if tiles < most else left_over(tiles, most)
 
 
 @dataclass(frozen=True)
@@ -210,5 +244,10 @@ def shared_evenly(tiles: int, most: int) -> tuple[int, int]:
     if tiles < most:
         whole = most // tiles * tiles  # every tile in equal parts
         return whole if whole > 0.9 * most else most, tiles
-    left = tiles % most
-    return most, left if left == 0 or 2 * left >= most else left + most
+    return most, left_over(tiles, most)
+
+
+def left_over(tiles: int, programs: int) -> int:
+    """The tiles, of no fewer than programs, that these share so that all have as much to do."""
+    left = tiles % programs
+    return left if left == 0 or 2 * left >= programs else left + programs

@@ -149,7 +149,7 @@ def _form(problem: Problem, scales: torch.dtype) -> dict[str, Any]:
 def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device: int) -> Launch:
     """One launch, whose programs find the digits of x."""
     M, K, N, split = problem.M, operands.K, operands.N, plan.split
-    strips, steps, programs = problem.strips, problem.steps, plan.programs(problem)
+    strips, steps, grid = problem.strips, problem.steps, plan.grid(problem)
     tiles = asdict(plan)
     del tiles["own_digits"]
     multiply = _kernels("decode").prepare_decode(
@@ -169,7 +169,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         stream = torch._C._cuda_getCurrentRawStream(device)
         partial, zeros = scratch.get(stream, words, counters) if split > 1 else (None, None)
         multiply(
-            programs, split, stream,
+            *grid, stream,
             x.data_ptr(), None, None,
             weight.words.data_ptr(), weight.meta.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
             partial, zeros, M, N, K, steps, strips, stride, N,
@@ -181,7 +181,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
 def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
     """Two launches: the digits of x, then the product."""
     M, K, N, split = problem.M, operands.K, operands.N, plan.split
-    strips, steps, programs = problem.strips, problem.steps, plan.programs(problem)
+    strips, steps, grid = problem.strips, problem.steps, plan.grid(problem)
     pdl = problem.capability >= 90
     wide = isinstance(plan, WidePlan)
     rows, turns = plan.rows(problem), plan.turns(problem)
@@ -225,7 +225,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
                 x.data_ptr(), None if order is None else order.data_ptr(), digits, sums, K, stride,
             )  # fmt: skip
             multiply(
-                programs, split, stream, None,
+                *grid, stream, None,
                 digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(),
                 None if bias is None else bias.data_ptr(), y.data_ptr(),
                 sums + 4 * sum_words if split > 1 else None, zeros if split > 1 else None,
@@ -237,10 +237,8 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
 
 def _meeting(problem: Problem, plan: DecodePlan | WidePlan) -> tuple[int, int]:
     """Words of the partial sums of programs that share tiles of y, and the tiles."""
-    if plan.split == 1:
-        return 0, 0
-    tiles = -(-problem.strips // plan.strips_of_program)
-    return plan.split * tiles * STRIP * plan.strips_of_program * plan.rows(problem), tiles
+    tiles = -(-problem.strips // plan.strips_of_program) if plan.split > 1 else 0
+    return plan.parts(problem) * STRIP * plan.strips_of_program * plan.rows(problem), tiles
 
 
 def _matmul(
@@ -404,6 +402,7 @@ def _slabs(
             **_form(problem, weight.dtype),
             first_strip=first // STRIP,
             ptx=problem.capability >= 80,
+            pdl=problem.capability >= 90,
         )
         yield first, slab
 

@@ -17,7 +17,7 @@ from .linear import QuantLinear
 from .plans import FusedPlan, Problem
 
 _COLD_BYTES = 256 << 20  # of weight between two uses of a copy: more than any GPU's cache
-_REPLAYS = 9
+_REPLAYS = 5
 _FINALISTS, _NEAR = 4, 1.08  # plans that are timed again in turns, and how near to the fastest they are
 _WARM = 0.03  # seconds of work before that: clocks change with it
 
@@ -64,7 +64,7 @@ def tune(
             found: dict[str, FusedPlan] = {}
             fastest = None
             for case, problem in sorted(missing.items(), key=lambda item: -item[1].M):
-                plans = list(dispatch.candidates(problem))
+                plans = list(dict.fromkeys(dispatch.candidates(problem)))
                 if fastest is not None and fastest not in plans:
                     plans.append(fastest)  # of more rows: may be the best for fewer, too
                 times = {plan: _time(problem, plan, copies) for plan in plans}
@@ -110,7 +110,7 @@ def _in_turns(problem: Problem, plans: Sequence[FusedPlan], copies: list[TiledWe
         for one in captured:
             one.graph.replay()
         torch.cuda.synchronize()
-    rounds = [[one.time() for one in captured] for _ in range(2 * _REPLAYS)]
+    rounds = [[one.time() for one in captured] for _ in range(4 * _REPLAYS)]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 

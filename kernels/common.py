@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Gluon's own types are constexprs here and tensors there)
 
+import hashlib
 from typing import Any
 
 from triton.experimental import gluon
@@ -12,10 +13,16 @@ from .integer_ptx import load_asm, meta_asm, product_asm, registers_asm, shift, 
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
-LOAD2 = gl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
+LOAD2 = gl.constexpr(
+    "{ .reg .pred on; setp.le.s32 on, $3, $4; mov.b32 $0, 0; mov.b32 $1, 0; @on ld.global.v2.b32 {$0, $1}, [$2]; }"
+)
 FENCE = gl.constexpr("bar.warp.sync 0xffffffff; // $0")  # memory operations do not cross it; costs one NOP
 LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 WAIT_FOR_EARLIER = gl.constexpr("griddepcontrol.wait; // $0")
+WAIT_UNTIL = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; again: ld.acquire.gpu.global.b32 t, [$1]; setp.lt.s32 p, t, $2; @p bra again;"
+    " mov.b32 $0, t; }"
+)
 
 
 class Constants:
@@ -35,7 +42,9 @@ class Constants:
         return hash(self.key)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}{self.key}"
+        """What tells compiled kernels apart on disk: other releases have other text for the same key."""
+        text = ", ".join(f"{name}={value}" for name, value in sorted(vars(self).items()))
+        return f"{type(self).__name__}({hashlib.sha256(text.encode()).hexdigest()})"
 
 
 class Text(Constants):
@@ -46,11 +55,13 @@ class Text(Constants):
         scales_bf16: Whether scales are bfloat16, not float16.
         warpgroup: For products of warpgroups, whose operands are tensors of signed bytes, words four to an element.
         turns: Groups of a step that a lane takes in turn (not for warpgroups).
+        chains: Of products (not for warpgroups), 1 or 2; 1 with turns.
     """
 
-    def __init__(self, bits: int, scales_bf16: bool, *, warpgroup: bool, turns: int = 1) -> None:
-        self.key = (bits, scales_bf16, warpgroup, turns)
+    def __init__(self, bits: int, scales_bf16: bool, *, warpgroup: bool, turns: int = 1, chains: int = 1) -> None:
+        self.key = (bits, scales_bf16, warpgroup, turns, chains)
         self.bits = gl.constexpr(bits)
+        self.step_words = gl.constexpr(64 * bits)
         self.pack = gl.constexpr(4 if warpgroup else 1)
         self.words = (gl.int32,) * (-(-bits // 2) if warpgroup else words(bits))
         self.registers = (gl.int8 if warpgroup else gl.int32,) * 16
@@ -61,7 +72,7 @@ class Text(Constants):
             "unpack": registers_asm(bits, signed=warpgroup),
             "meta0": meta_asm(bits, 0, scales_bf16, signed=warpgroup),
             "meta1": meta_asm(bits, 1, scales_bf16, signed=warpgroup),
-            "product": product_asm(turns),
+            "product": product_asm(turns, chains),
         }.items():
             self.keep(**{name: asm, f"{name}_constraints": constraints})
 
@@ -73,9 +84,25 @@ def do(ASM: gl.constexpr):
 
 
 @gluon.jit
-def load_words(ptrs, T: gl.constexpr):
-    """The words of a strip and step, a tensor for each of a lane's words or vectors."""
-    return gl.inline_asm_elementwise(T.load, T.load_constraints, (ptrs,), dtype=T.words, is_pure=False, pack=T.pack)
+def arrive(counter_ptr):
+    """What all threads have stored can be read by whoever finds the counter higher by one."""
+    barrier()
+    gl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@gluon.jit
+def wait_for(counter_ptr, count):
+    """Wait until so many programs have arrived: ones that began before, or whose arrival waits for nothing."""
+    gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter_ptr, count), dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def load_words(ptrs, step, last, T: gl.constexpr):
+    """The words of a strip and step, a tensor for each of a lane's words or vectors; nothing beyond the last step."""
+    ptrs += step * T.step_words
+    return gl.inline_asm_elementwise(
+        T.load, T.load_constraints, (ptrs, step, last), dtype=T.words, is_pure=False, pack=T.pack
+    )
 
 
 @gluon.jit
@@ -87,13 +114,14 @@ def unpack(q, T: gl.constexpr):
 
 
 @gluon.jit
-def load_meta(ptrs, step, strips, SUBGROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr):
-    """The meta words of rows n and n + 8 for a step, for each group that is taken in turn."""
+def load_meta(ptrs, step, last, strips, SUBGROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP_STEPS: gl.constexpr):
+    """The meta words of rows n and n + 8 for a step, for each group that is taken in turn; 0 beyond the last step."""
     meta = ()
     for turn in gl.static_range(TURNS):
         group = step * (SUBGROUPS * TURNS) // GROUP_STEPS + turn
+        group_ptrs = ptrs + group * strips * 16
         pair = gl.inline_asm_elementwise(
-            LOAD2, "=&r,=&r,l", (ptrs + group * strips * 16,), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+            LOAD2, "=&r,=&r,l,r,r", (group_ptrs, step, last), dtype=(gl.int32, gl.int32), is_pure=False, pack=1
         )
         meta = meta + (pair,)
     return meta

@@ -5,10 +5,12 @@
 where x = unit * q in two signed digits (digits.py): sums over 128 columns are exact integers, all else is fp32. Up to
 four rows of x every program may find the digits itself, while its first words are on their way; else they come from a
 launch before. Codes go from memory straight to the registers that feed the tensor cores, one mask for four codes
-(integer_ptx.py); they never touch shared memory. A warp loads DEPTH rounds ahead. A program owns 16 * STRIPS * WARPS_N
-rows of W and one of several ranges of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128
-columns). Partial sums meet in shared memory, then in a workspace, where the last program to arrive adds them in a fixed
-order.
+(integer_ptx.py); they never touch shared memory. A warp loads DEPTH rounds ahead, and nothing that it does not use: a
+program ends when all its loads have arrived. Programs of eight warps or fewer leave room for those of the next launch,
+whose words are on their way before these end. A program owns 16 * STRIPS * WARPS_N rows of W and one of several ranges
+of k; its warps form a grid of WARPS_N (strips) by WARPS_K (interleaved steps of 128 columns). Partial sums meet in
+shared memory, then in a workspace, where one program waits for those of the others and adds them in a fixed order.
+Where tiles come out unevenly, there are as many programs as multiprocessors, with equal shares of all tiles.
 
 Where a step has two or four groups there are two forms. A column of a product is a digit of a row of x within one
 group, 0 elsewhere: each lane has the sums of its own group, those of a row's lanes meet at the end, and a tile has two
@@ -33,6 +35,7 @@ from .common import (
     LAUNCH_DEPENDENTS,
     WAIT_FOR_EARLIER,
     Text,
+    arrive,
     barrier,
     bits_of,
     do,
@@ -41,9 +44,11 @@ from .common import (
     load_words,
     scales_and_zeros,
     unpack,
+    wait_for,
 )
 from .launch import Launch, prepare
 from .own_digits import Halves, write_digits
+from .warpgroups import share, sharers
 
 
 @gluon.jit
@@ -89,6 +94,14 @@ def _pointers(
 
 
 @gluon.jit
+def _steps(first, WARPS_K: gl.constexpr, S: gl.constexpr, L: gl.constexpr):
+    """The step of each warp in the round that begins with step first, [WARPS_K, S, 32]."""
+    LK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
+    step = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS_K, LK), 1), 2) + first
+    return step + gl.zeros((WARPS_K, S, 32), gl.int32, L)
+
+
+@gluon.jit
 def _step(
     acc, q, meta, digits, sums, T: gl.constexpr, TILES: gl.constexpr, TURNS: gl.constexpr, WARPS_K: gl.constexpr,
     DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, L: gl.constexpr,
@@ -116,6 +129,23 @@ def _step(
             T.product, T.product_constraints, args, dtype=(gl.float32, gl.float32), is_pure=True, pack=1
         )
     return out
+
+
+@gluon.jit
+def _add_parts(ys, ptr, by, count, STRIDE: gl.constexpr):
+    """Add so many partial sums of other programs, in their order; four are on their way at once."""
+    for first in range(0, count, 4):
+        parts = ()
+        for i in gl.static_range(4):
+            part_ptr = ptr + gl.minimum(first + i, count - 1) * by
+            for c in gl.static_range(len(ys)):
+                parts = parts + (gl.load(part_ptr + c * STRIDE, cache_modifier=".cg"),)
+        for i in gl.static_range(4):
+            added = ()
+            for c in gl.static_range(len(ys)):
+                added = added + (gl.where(first + i < count, ys[c] + parts[i * len(ys) + c], ys[c]),)
+            ys = added
+    return ys
 
 
 @gluon.jit
@@ -147,6 +177,7 @@ def decode_kernel(
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program; if PERSISTENT one after another, words of the next in flight.
 
+    With SPLITS too, programs have equal shares of the rounds of all tiles, which begin and end anywhere in a tile.
     With OWN_ROWS, rows of x, a program finds the digits of all its steps itself; else they come in chunks.
     """
     S: gl.constexpr = STRIPS * WARPS_N
@@ -157,20 +188,34 @@ def decode_kernel(
     ROWS: gl.constexpr = CHUNK * WARPS_K * TILES
 
     # Which tiles are mine: strips S * tile ..., rounds lo ... hi of WARPS_K steps
+    EVEN: gl.constexpr = PERSISTENT and SPLITS
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
     pid_k = gl.program_id(1)
     split = gl.num_programs(1)
     tiles_n = (strips + S - 1) // S
     rounds = (steps + WARPS_K - 1) // WARPS_K
-    lo = rounds * pid_k // split
-    hi = rounds * (pid_k + 1) // split
+    if EVEN:
+        mine_from, mine_to = share(pid, programs, tiles_n, rounds)
+        tile_from = mine_from // rounds
+        tile_to = (mine_to + rounds - 1) // rounds
+        tile_by = 1
+        lo = mine_from - tile_from * rounds
+        hi = gl.minimum(mine_to - tile_from * rounds, rounds)
+    else:
+        tile_from = pid
+        tile_to = tiles_n
+        tile_by = programs
+        lo = rounds * pid_k // split
+        hi = rounds * (pid_k + 1) // split
     end = gl.minimum(hi * WARPS_K, steps)
-    last = gl.maximum(end - 1, 0)
+    last = end - 1
+    if EVEN:
+        end = steps  # of digits, which the next tile goes on with
 
-    # First pointers. Loads of W stay inside (clamped, not masked): beyond the end digits and units are 0
-    LK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
-    step = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS_K, LK), 1), 2) + lo * WARPS_K
-    step = step + gl.zeros((WARPS_K, S, 32), gl.int32, L)
-    q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, gl.program_id(0), strips, steps * STEP_WORDS, S, SUBGROUPS, L)
+    # First pointers
+    step = _steps(lo * WARPS_K, WARPS_K, S, L)
+    q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, tile_from, strips, steps * STEP_WORDS, S, SUBGROUPS, L)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     SIDES: gl.constexpr = 1 if OWN_ROWS else 2
@@ -186,17 +231,18 @@ def decode_kernel(
     q = ()
     meta = ()
     for d in gl.static_range(DEPTH):
-        q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
+        q = q + (load_words(q_ptrs, step, last, T),)
+        meta = meta + (load_meta(m_ptrs, step, last, strips, SUBGROUPS, TURNS, GROUP_STEPS),)
         step += WARPS_K
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
         do(LAUNCH_DEPENDENTS)  # what follows may count on those kernels without waiting for this one
     first = lo * WARPS_K
+    lo_of_digits = lo
     if OWN_ROWS:
         PASS: gl.constexpr = 2 * WARPS_N * WARPS_K
         write_digits(
-            digits, sums, x_ptr, first, end, K, stride_xm,
+            digits, sums, x_ptr, first, end, rounds * WARPS_K if EVEN else None, K, stride_xm,
             OWN_ROWS, ROWS // PASS, PASS, SUBGROUPS, PAIRS, X, XL, TL,
         )  # fmt: skip
         barrier()
@@ -206,16 +252,15 @@ def decode_kernel(
             digit_offs, sum_offs, row, sum_row, first, end, TILES,
         )  # fmt: skip
     partial = gl.allocate_shared_memory(gl.float32, [2 * TILES, WARPS_K, S * LANES], FLAT)
-    padded = (hi - lo + DEPTH - 1) // DEPTH * DEPTH  # rounds of words loaded for a tile
-    ahead = DEPTH  # of them, for the tile that words are loaded for
-    ahead_tile = gl.program_id(0)
-    if PERSISTENT and ahead == padded:
-        ahead = 0
-        ahead_tile += gl.num_programs(0)
-        step -= padded * WARPS_K
-        q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, SUBGROUPS, L)
+    # The tile that words are loaded for, how many rounds of it there are, and how many are on their way
+    ahead_tile = tile_from
+    padded = (hi - lo + DEPTH - 1) // DEPTH * DEPTH
+    ahead = DEPTH
     side = 0
-    for tile in range(gl.program_id(0), tiles_n, gl.num_programs(0)):
+    for tile in range(tile_from, tile_to, tile_by):
+        if EVEN:
+            lo = gl.maximum(mine_from - tile * rounds, 0)
+            hi = gl.minimum(mine_to - tile * rounds, rounds)
         acc = ()
         for _ in gl.static_range(2 * TILES):
             acc = acc + (gl.zeros((WARPS_K, S, 32), gl.float32, L),)
@@ -227,17 +272,35 @@ def decode_kernel(
                 barrier()
                 first = (chunk + CHUNK) * WARPS_K
                 if PERSISTENT:
-                    first = gl.where(chunk + CHUNK < hi, first, lo * WARPS_K)  # of the next tile
+                    first = gl.where(chunk + CHUNK < hi, first, 0)  # of the next tile
                 _copy_chunk(
                     digit_chunks.index(1 - side), sum_chunks.index(1 - side), digits_ptr, sums_ptr,
                     digit_offs, sum_offs, row, sum_row, first, end, TILES,
                 )  # fmt: skip
                 barrier()  # before the first read of the chunk, or the compiler adds one to every round
             n = gl.minimum(CHUNK, hi - chunk)
+            place = side * CHUNK
+            if EVEN and OWN_ROWS:
+                place = (lo - lo_of_digits + rounds) % rounds
             for i in range(0, n, DEPTH):
+                if PERSISTENT and ahead == padded:
+                    ahead = 0
+                    ahead_tile += tile_by
+                    step = _steps(0, WARPS_K, S, L)
+                    q_ptrs, m_ptrs = _pointers(
+                        words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, SUBGROUPS, L
+                    )
+                    if EVEN:
+                        left = gl.maximum(gl.minimum(mine_to - ahead_tile * rounds, rounds), 0)
+                        padded = (left + DEPTH - 1) // DEPTH * DEPTH
+                        last = gl.minimum(left * WARPS_K, steps) - 1
+                    else:
+                        last = gl.where(ahead_tile < tiles_n, last, -1)
                 for d in gl.static_range(DEPTH):
                     if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
-                        stage = side * CHUNK + i + d
+                        stage = place + i + d
+                        if EVEN and OWN_ROWS:
+                            stage = gl.where(stage < rounds, stage, stage - rounds)
                         acc = _step(
                             acc,
                             q[d],
@@ -253,23 +316,15 @@ def decode_kernel(
                             GL,
                             L,
                         )
-                    q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
+                    q = q[:d] + (load_words(q_ptrs, step, last, T),) + q[d + 1 :]
                     meta = (
                         meta[:d]
-                        + (load_meta(m_ptrs, gl.minimum(step, last), strips, SUBGROUPS, TURNS, GROUP_STEPS),)
+                        + (load_meta(m_ptrs, step, last, strips, SUBGROUPS, TURNS, GROUP_STEPS),)
                         + meta[d + 1 :]
                     )
                     step += WARPS_K
                     do(FENCE)
-                if PERSISTENT:
-                    ahead += DEPTH
-                    if ahead == padded:
-                        ahead = 0
-                        ahead_tile += gl.num_programs(0)
-                        step -= padded * WARPS_K
-                        q_ptrs, m_ptrs = _pointers(
-                            words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, SUBGROUPS, L
-                        )
+                ahead += DEPTH
             side = (SIDES - 1) - side
 
         # Epilogue: add the WARPS_K partial sums, then those of all programs in a fixed order
@@ -278,30 +333,33 @@ def decode_kernel(
             partial.index(c).store(gl.sum(part.reshape((WARPS_K, S * LANES, SUBGROUPS)), 2))
         barrier()
         offs_j = gl.arange(0, S * LANES, gl.SliceLayout(0, YL))
+        ys = ()
+        for c in gl.static_range(2 * TILES):
+            ys = ys + (gl.sum(partial.index(c).load(YL), 0),)
         mine = True
         if SPLITS:
-            part_ptr = workspace_ptr + tile * (2 * TILES * S * LANES) + offs_j
-            split_stride = tiles_n * (2 * TILES * S * LANES)
-            for c in gl.static_range(2 * TILES):
-                gl.store(part_ptr + pid_k * split_stride + c * S * LANES, gl.sum(partial.index(c).load(YL), 0))
-            barrier()
-            mine = gl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == split - 1
-            if mine:
+            # One of a tile's programs has the others' sums: with equal shares the one that begins it, as others go on
+            # with it at once; else the last, which runs when all others do or have. Parts lie STRIDE * PART apart
+            PART: gl.constexpr = 2 * TILES * S * LANES
+            if EVEN:
+                first_sharer, parts = sharers(tile, programs, tiles_n, rounds)
+                mine = pid == first_sharer
+                part, others, by = pid, first_sharer + 1, 1
+            else:
+                parts = split
+                mine = pid_k == split - 1
+                part, others, by = pid_k * tiles_n + tile, tile, tiles_n
+            part_ptr = workspace_ptr + offs_j
+            if not mine:
+                for c in gl.static_range(2 * TILES):
+                    gl.store(part_ptr + part * PART + c * S * LANES, ys[c])
+                arrive(counters_ptr + tile)
+            elif parts > 1:
+                wait_for(counters_ptr + tile, parts - 1)
+                ys = _add_parts(ys, part_ptr + others * PART, by * PART, parts - 1, S * LANES)
+                barrier()
                 gl.store(counters_ptr + tile, 0)
         if mine:
-            ys = ()
-            for c in gl.static_range(2 * TILES):
-                if SPLITS:
-                    ys = ys + (gl.load(part_ptr + c * S * LANES, cache_modifier=".cg"),)
-                else:
-                    ys = ys + (gl.sum(partial.index(c).load(YL), 0),)
-            if SPLITS:
-                for j in range(1, split):
-                    others = ()
-                    for c in gl.static_range(2 * TILES):
-                        ptr = part_ptr + j * split_stride + c * S * LANES
-                        others = others + (ys[c] + gl.load(ptr, cache_modifier=".cg"),)
-                    ys = others
             for c in gl.static_range(2 * TILES):
                 y = ys[c]
                 # row g + 8 r8 of a strip and row m of a tile of x
@@ -326,13 +384,14 @@ def constants(
     subgroups, turns = (1, groups) if in_turn else (groups, 1)
     S = strips * warps_n
     warps = warps_n * warps_k
+    chains = 2 if tiles == turns == 1 and warps <= 8 else 1  # where there are no other products to go on with
     # strips go to warps first, then to registers; what does not depend on the strip is the same in those warps
     here = bits_of(S)[: warps_n.bit_length() - 1]
     rest = bits_of(S)[warps_n.bit_length() - 1 :]
     same = [[0, 0, 0] for _ in here]
     in_k = [[k, 0, 0] for k in bits_of(warps_k)]
     return {
-        "T": Text(bits, scales_bf16, warpgroup=False, turns=turns), "TILES": tiles, "STRIPS": strips,
+        "T": Text(bits, scales_bf16, warpgroup=False, turns=turns, chains=chains), "TILES": tiles, "STRIPS": strips,
         "WARPS_N": warps_n, "WARPS_K": warps_k, "DEPTH": depth, "CHUNK": chunk, "SPLITS": splits,
         "PERSISTENT": persistent,
         "GROUP_STEPS": max(1, group_columns // 128),
@@ -401,9 +460,10 @@ def prepare_decode(
         - words: int32 (all_strips, steps, 64 * bits).
         - meta: int32 (groups, all_strips * 16), scales of 16 bits above zero points.
         - bias: (N,), or None. y: (M, N), unit stride along N, M at most the rows of all tiles; overwritten.
-        - workspace: float32, split * programs * 16 * strips * warps_n elements for each row of the tiles; None when
-          split is 1.
-        - counters: int32, a zero for each of ``programs``, left at zero; None when split is 1.
+        - workspace: float32, (split - 1) * programs * 16 * strips * warps_n elements for each row of the tiles; with
+          equal shares ``programs`` is as many as there are, and split 2. None when split is 1.
+        - counters: int32, a zero for each of ceil(all_strips / (strips * warps_n)) tiles, left at zero; None when split
+          is 1.
     """
     names = constants(
         bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl,

@@ -10,6 +10,7 @@ lies in lanes as tensor cores want it crosses shared memory once, already rounde
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from .unpack import columns128, load_fragments, load_metas
 from .unpack_ptx import unpack_ptx
@@ -41,6 +42,7 @@ def dequantize_kernel(
     ASM: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
     STRIPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One step of STRIPS strips a program."""
     # Which tile is mine: neighbours share rows of out, so these are written in long runs
@@ -62,6 +64,8 @@ def dequantize_kernel(
     w = columns128(w0, w1, w2, w3)
 
     # Store
+    if PDL:
+        gdc_wait()  # kernels before may still read what is overwritten; the weight does not depend on them
     offs_n = first * 16 + tl.arange(0, 16 * STRIPS)
     offs_k = step * 128 + tl.arange(0, 128)
     out_ptrs = out_ptr + offs_n.to(tl.int64)[:, None] * stride_on + offs_k[None, :]
@@ -79,6 +83,7 @@ def dequantize(
     scales_bf16: bool,
     first_strip: int = 0,
     ptx: bool,
+    pdl: bool = False,
     num_warps: int = 4,
 ) -> None:
     """Launch on the current device and stream; out is overwritten.
@@ -94,6 +99,7 @@ def dequantize(
         scales_bf16: Scales in meta are bfloat16, not float16.
         first_strip: Where out starts.
         ptx: Unpack with PTX; NVIDIA only.
+        pdl: Programmatic dependent launch (sm_90 on): the kernel before did not write the weight.
         num_warps: Warps per program, a strip for each.
     """
     (rows, C), steps = out.shape, words.shape[1]
@@ -118,12 +124,14 @@ def dequantize(
         ASM=asm,
         CONSTRAINTS=constraints,
         STRIPS=num_warps,
+        PDL=pdl,
         num_warps=num_warps,  # pyright: ignore[reportCallIssue] an option of the launch
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 
 # What CI compiles ahead of time: types of pointers ("x" is the dtype of out, None a tensor that is absent) and flags
-_TYPES = {"kernel": dequantize_kernel, "words_ptr": "i32", "meta_ptr": "i32", "out_ptr": "x", "STRIPS": 4}
+_TYPES = {"kernel": dequantize_kernel, "words_ptr": "i32", "meta_ptr": "i32", "out_ptr": "x", "STRIPS": 4, "PDL": False}
 VARIANTS = (
     {**_TYPES, "scales_ptr": None, "SPAN": 128},
     {**_TYPES, "scales_ptr": "fp32", "SPAN": 64},

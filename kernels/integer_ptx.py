@@ -17,11 +17,15 @@ def words(bits: int) -> int:
 
 
 def load_asm(bits: int, addresses: int = 1) -> tuple[str, str]:
-    """The words of a lane, strip and step, padded to whole vectors: inputs addresses, of which the first counts."""
+    """The words of a lane, strip and step, padded to whole vectors.
+
+    Inputs addresses, a step, the last step that there is, so many times each; the first counts. Beyond the last step
+    nothing is loaded: a program ends when all that it loads has arrived.
+    """
     n = words(bits)
     whole = -(-n // 4) * 4 if addresses > 1 else n
     # a vector of all lanes, then the next one
-    load = "ld.global.L1::no_allocate.v{}.b32 {{{}}}, [{}];"
+    load = "@on ld.global.L1::no_allocate.v{}.b32 {{{}}}, [{}];"
     lines = [
         load.format(4, ", ".join(f"${first + i}" for i in range(4)), f"${whole} + {first * 128}")
         for first in range(0, n - n % 4, 4)
@@ -30,7 +34,9 @@ def load_asm(bits: int, addresses: int = 1) -> tuple[str, str]:
         lines.insert(0, f".reg .b32 l; .reg .b64 p; mov.u32 l, %laneid; mul.wide.u32 p, l, 8; sub.s64 p, ${whole}, p;")
         lines.append(load.format(2, f"${n - 2}, ${n - 1}", f"p + {(n - 2) * 128}"))
         lines += [f"mov.b32 ${i}, 0;" for i in range(n, whole)]
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * whole + ["l"] * addresses)
+    lines.insert(0, f".reg .pred on; setp.le.s32 on, ${whole + addresses}, ${whole + 2 * addresses};")
+    inputs = ["l"] * addresses + ["r"] * (2 * addresses)
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * whole + inputs)
 
 
 def registers_asm(bits: int, *, signed: bool = False) -> tuple[str, str]:
@@ -137,8 +143,10 @@ def digits_asm(bf16: bool) -> tuple[str, str]:
     return f"{{ {declared}\n" + "\n".join(lines) + " }", ",".join(["=&r"] * 5 + ["r"] * 4 + ["f"])
 
 
-def product_asm(turns: int) -> tuple[str, str]:
+def product_asm(turns: int, chains: int = 1) -> tuple[str, str]:
     """Sums of one step, strip and tile of x, added to the accumulators of rows n and n + 8.
+
+    Two chains of products, each adding to the one before, take four additions more and are done sooner than one.
 
     Outputs two fp32 accumulators. Inputs, in this order: 16 registers [s][hb][r8]; 8 words of digits [s][hb]; for each
     group that is taken in turn, 1, 2 or 4, the scales of rows n and n + 8, their zero points, and minus the sum of x
@@ -147,14 +155,17 @@ def product_asm(turns: int) -> tuple[str, str]:
     A, B, group, unit = 2, 18, 26, 26 + 5 * turns
     lines = [f"mov.f32 $0, ${unit + 1}; mov.f32 $1, ${unit + 2}; mov.b32 z, 0;"]
     for turn in range(turns):
-        before = "{z, z, z, z}"
-        for s in range(4 * turn // turns, 4 * (turn + 1) // turns):
+        steps = range(4 * turn // turns, 4 * (turn + 1) // turns)
+        for s in steps:
             a = ", ".join(f"${A + 4 * s + i}" for i in range(4))
+            sums = "{e0, e1, e2, e3}" if chains == 2 and s % 2 else "{c0, c1, c2, c3}"
+            before = sums if s - chains in steps else "{z, z, z, z}"
             lines.append(
-                "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {c0, c1, c2, c3}, "
+                f"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sums}, "
                 f"{{{a}}}, {{${B + 2 * s}, ${B + 2 * s + 1}}}, {before};"
             )
-            before = "{c0, c1, c2, c3}"
+        if chains == 2:
+            lines += [f"add.s32 c{i}, c{i}, e{i};" for i in range(4)]
         scale, zero, total = group + 5 * turn, group + 5 * turn + 2, group + 5 * turn + 4
         for r8, (high, low) in enumerate((("c0", "c1"), ("c2", "c3"))):
             lines += [
@@ -165,4 +176,5 @@ def product_asm(turns: int) -> tuple[str, str]:
                 f"fma.rn.f32 ${r8}, f, g, ${r8};",
             ]
     kinds = ["r"] * 24 + ["f", "f", "r", "r", "r"] * turns + ["f"] * 3
-    return "{ .reg .b32 z, c0, c1, c2, c3; .reg .f32 f, g;\n" + "\n".join(lines) + " }", ",".join(["=&f"] * 2 + kinds)
+    declared = ".reg .b32 z, c0, c1, c2, c3, e0, e1, e2, e3; .reg .f32 f, g;"
+    return f"{{ {declared}\n" + "\n".join(lines) + " }", ",".join(["=&f"] * 2 + kinds)

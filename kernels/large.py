@@ -48,6 +48,7 @@ from .warpgroups import (
     sums_layout,
 )
 
+ROOM = 225 << 10  # bytes of shared memory, beside barriers
 REGISTERS = 80  # of a thread, before warps give and take, where two programs share a multiprocessor
 UNROLL = gl.constexpr(2)  # steps between two waits for all products; with more, code leaves the cache
 BAND = gl.constexpr(8)  # tiles of y along M that programs take before they go on along N
@@ -73,14 +74,17 @@ class Tiles(Form):
     ) -> None:  # fmt: skip
         super().__init__(bits, bf16, scales_bf16, group_columns)
         self.key += (block_m, groups, stages, resident, shares, bias, pdl)
+        rows = 16 * STRIPS.value * groups
+        stage = 256 * block_m + rows * (16 * bits + 4 * self.subgroups)
         self.keep(
             block_m=block_m,
+            out_m=block_m if stages * stage + 2 * rows * block_m <= ROOM // resident else block_m // 2,
             groups=groups,
             stages=stages,
             shares=shares,
             bias=bias,
             pdl=pdl,
-            rows=16 * STRIPS.value * groups,
+            rows=rows,
             registers=104 if resident == 2 else {2: 240 if block_m > 128 else 208, 4: 112}[groups],
             copying_registers=32 if resident == 2 else {2: 40, 4: 24}[groups],
             sums_layout=sums_layout(block_m),
@@ -178,6 +182,15 @@ def _steps(acc, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.
 
 
 @gluon.jit
+def _halves(y, MMA: gl.constexpr):
+    """The first rows of x, and the others."""
+    N: gl.constexpr = y.shape[1] // 2
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    first, others = gl.split(y.reshape((y.shape[0], 2, N)).permute((0, 2, 1)))
+    return gl.convert_layout(first, L, assert_trivial=True), gl.convert_layout(others, L, assert_trivial=True)
+
+
+@gluon.jit
 def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C: gl.constexpr):
     """A multiplying group."""
     workspace_ptr, counters_ptr = meeting
@@ -225,12 +238,14 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
                 offs_n = first_n + gl.arange(0, 16 * STRIPS, gl.SliceLayout(1, mma))
                 bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
                 acc += gl.expand_dims(bias, 1)
-            tma.store_wait(0)
-            barrier()
-            mine.permute((1, 0)).store(acc.to(C.half))
-            fence_async_shared()
-            barrier()
-            tma.async_copy_shared_to_global(y, [tile_m * C.block_m, first_n], mine)
+            parts = _halves(acc.to(C.half), mma) if C.out_m < C.block_m else (acc.to(C.half),)
+            for part in gl.static_range(len(parts)):
+                tma.store_wait(0)
+                barrier()
+                mine.permute((1, 0)).store(parts[part])
+                fence_async_shared()
+                barrier()
+                tma.async_copy_shared_to_global(y, [tile_m * C.block_m + part * C.out_m, first_n], mine)
     tma.store_wait(0)
 
 
@@ -245,7 +260,7 @@ def large_kernel(
     if C.bits == 3:
         rs = gl.allocate_shared_memory(gl.int32, [C.stages, STRIPS * C.groups, 64], FLAT_LAYOUT)
     ms = gl.allocate_shared_memory(gl.int32, [C.stages, C.subgroups, C.rows], FLAT_LAYOUT)
-    ys = gl.allocate_shared_memory(C.half, [C.groups, C.block_m, 16 * STRIPS], ROWS_LAYOUT)
+    ys = gl.allocate_shared_memory(C.half, [C.groups, C.out_m, 16 * STRIPS], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(C.stages):
@@ -319,7 +334,7 @@ def prepare_large(
         described(torch.int32, [strips, 128], flat),
         described(torch.int32, [strips, 64], flat),
         described(torch.int32, [subgroups, 16 * strips], flat),
-        described(dtype, [block_m, 64], rows),
+        described(dtype, [C.out_m.value, 64], rows),
     ]
     meeting = (torch.float32, torch.int32) if shares else (None, None)
     options = {"num_warps": 4, "launch_pdl": pdl} | ({"maxnreg": REGISTERS} if resident == 2 else {})

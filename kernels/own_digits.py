@@ -62,12 +62,15 @@ def _digits_of(words, X: gl.constexpr):
 
 @gluon.jit
 def write_digits(
-    digits, sums, x_ptr, first, end, K, stride_xm,
+    digits, sums, x_ptr, first, end, around, K, stride_xm,
     ROWS: gl.constexpr, PASSES: gl.constexpr, PASS: gl.constexpr, SUBGROUPS: gl.constexpr, PAIRS: gl.constexpr,
     X: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
 ):  # fmt: skip
-    """What digits.py writes, of steps first ... end, for one tile of ROWS rows of x; PASS steps at a time."""
-    step = gl.expand_dims(gl.arange(0, PASS, gl.SliceLayout(1, XL)), 1) + first
+    """What digits.py writes, of steps first ... end, for one tile of ROWS rows of x; PASS steps at a time.
+
+    After ``around`` steps comes the first, unless that is None.
+    """
+    begin = gl.expand_dims(gl.arange(0, PASS, gl.SliceLayout(1, XL)), 1) + first
     lane = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, XL)), 0)  # 4 s + t
     column = lane // 4 * 32 + lane % 4 * 2
     # lane 4 n + t has the words (s, hb) of column n = 2 (SUBGROUPS m + u) + digit: [s // 2][m, u][digit, t, s % 2, hb]
@@ -80,8 +83,11 @@ def write_digits(
         if p % AHEAD == 0:
             x = ()
             for i in gl.static_range(min(AHEAD, PASSES - p)):
-                inside = step + (p + i) * PASS < end
-                at = (step + (p + i) * PASS) * 128 + column
+                step = begin + (p + i) * PASS
+                if around is not None:
+                    step = gl.where(step < around, step, step - around)
+                inside = step < end
+                at = step * 128 + column
                 for m in gl.static_range(ROWS):
                     x = x + (_load_columns(x_ptr + m * stride_xm, at, inside, K, PAIRS),)
         for m in gl.static_range(ROWS):

@@ -9,14 +9,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import MockTensor
 
-from .common import barrier, bits_of, linear
+from .common import arrive, barrier, bits_of, linear, wait_for
 
 ROWS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # of operands and results, 64 columns of halves
 FLAT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))  # of words
-WAIT_UNTIL = gl.constexpr(
-    "{ .reg .pred p; .reg .b32 t; again: ld.acquire.gpu.global.b32 t, [$1]; setp.lt.s32 p, t, $2; @p bra again;"
-    " mov.b32 $0, t; }"
-)
 
 
 def sums_layout(block_m: int) -> gl.DistributedLinearLayout:
@@ -77,6 +73,14 @@ def share(p, programs, streamed, units):
 
 
 @gluon.jit
+def sharers(tile, programs, streamed, units):
+    """The first program that has units of a streamed tile, and how many have some."""
+    total = streamed * units
+    first = (programs * (tile * units + 1) - 1) // total
+    return first, (programs * (tile + 1) * units - 1) // total - first + 1
+
+
+@gluon.jit
 def pieces(p, programs, streamed, tiles, units):
     """How many pieces of tiles program p has."""
     lo, hi = share(p, programs, streamed, units)
@@ -119,11 +123,10 @@ def meet(
     counter = counters_ptr + tile * PARTS + part
     if start > 0:  # somebody else's tile
         gl.store(workspace_ptr + (p * PARTS + part) * (64 * BLOCK_M) + offs, by_registers(acc, R))
-        barrier()
-        gl.atomic_add(counter, 1, sem="release")
+        arrive(counter)
     elif stop < units:
         more = others(tile, p, programs, streamed, units)
-        gl.inline_asm_elementwise(WAIT_UNTIL, "=r,l,r", (counter, more), dtype=gl.int32, is_pure=False, pack=1)
+        wait_for(counter, more)
         v = by_registers(acc, R)
         for j in range(1, more + 1):
             sums_ptrs = workspace_ptr + ((p + j) * PARTS + part) * (64 * BLOCK_M) + offs

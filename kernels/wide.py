@@ -6,8 +6,8 @@ As in decode.py, x comes as two signed digits (digits.py) and codes go from memo
 Here the registers are the A operand of ``wgmma``, and the digits of 8 or 16 rows, which all warps share, are its B
 operand in shared memory, so the product runs beside the masks and sums of other warps. The copy engine brings digits: a
 thread's own copies would need a fence before products may read them, and the fence waits for the words in flight. A
-program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the last
-program to arrive adds them in a fixed order.
+program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the program of
+the last range waits for the others' and adds them in a fixed order.
 
 Groups of 64 have products of their own, two for a step, each with its scales.
 
@@ -31,6 +31,7 @@ from .common import (
     LAUNCH_DEPENDENTS,
     WAIT_FOR_EARLIER,
     Text,
+    arrive,
     barrier,
     bits_of,
     do,
@@ -39,6 +40,7 @@ from .common import (
     load_words,
     scales_and_zeros,
     unpack,
+    wait_for,
 )
 from .launch import Address, Launch, Map, prepare
 from .warpgroups import described
@@ -161,9 +163,9 @@ def wide_kernel(
     split = gl.num_programs(1)
     lo = steps * pid_k // split
     hi = steps * (pid_k + 1) // split
-    last = gl.maximum(hi - 1, 0)
+    last = hi - 1
 
-    # First pointers. Loads of W stay inside (clamped, not masked)
+    # First pointers; strips past the last read it again, and are not stored
     strip = gl.minimum(pid_n * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L))), strips - 1)
     strip = gl.expand_dims(gl.expand_dims(strip, 1), 2)
     lane = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, L))), 0), 2)
@@ -186,8 +188,8 @@ def wide_kernel(
     meta = ()
     step = lo
     for d in gl.static_range(DEPTH):
-        q = q + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),)
-        meta = meta + (load_meta(m_ptrs, gl.minimum(step, last), strips, 1, TURNS, GROUP_STEPS),)
+        q = q + (load_words(q_ptrs, step, last, T),)
+        meta = meta + (load_meta(m_ptrs, step, last, strips, 1, TURNS, GROUP_STEPS),)
         step += 1
     barrier()  # the mbarriers are there
     if PDL:
@@ -212,12 +214,8 @@ def wide_kernel(
                     stage = side * CHUNK + i + d
                     b, sums = step_digits.index(stage), step_sums.index(stage)
                     acc = _step(acc, q[d], meta[d], b, sums, T, ROWS, WARPS, TURNS, ZL)
-                q = q[:d] + (load_words(q_ptrs + gl.minimum(step, last) * STEP_WORDS, T),) + q[d + 1 :]
-                meta = (
-                    meta[:d]
-                    + (load_meta(m_ptrs, gl.minimum(step, last), strips, 1, TURNS, GROUP_STEPS),)
-                    + meta[d + 1 :]
-                )
+                q = q[:d] + (load_words(q_ptrs, step, last, T),) + q[d + 1 :]
+                meta = meta[:d] + (load_meta(m_ptrs, step, last, strips, 1, TURNS, GROUP_STEPS),) + meta[d + 1 :]
                 step += 1
                 do(FENCE)
         phase ^= side
@@ -241,14 +239,21 @@ def wide_kernel(
         PARTIAL: gl.constexpr = 16 * ROWS * WARPS
         part_ptrs = workspace_ptr + pid_n * PARTIAL + ((in_j * 2 + in_r) * WARPS + in_s) * 32 + in_g * 4 + in_t
         stride_part = gl.num_programs(0) * PARTIAL
-        gl.store(part_ptrs + pid_k * stride_part, acc)
-        barrier()
-        mine = gl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel") == split - 1
+        mine = pid_k == split - 1  # the last has the others' sums: it runs when all others do or have
         if mine:
+            wait_for(counters_ptr + pid_n, split - 1)
+            for first in range(0, split - 1, 4):  # four are on their way at once
+                parts = ()
+                for i in gl.static_range(4):
+                    part = gl.minimum(first + i, split - 2)
+                    parts = parts + (gl.load(part_ptrs + part * stride_part, cache_modifier=".cg"),)
+                for i in gl.static_range(4):
+                    y = gl.where(first + i < split - 1, y + parts[i], y)
+            barrier()
             gl.store(counters_ptr + pid_n, 0)
-            y = gl.load(part_ptrs, cache_modifier=".cg")
-            for j in range(1, split):
-                y += gl.load(part_ptrs + j * stride_part, cache_modifier=".cg")
+        else:
+            gl.store(part_ptrs + pid_k * stride_part, acc)
+            arrive(counters_ptr + pid_n)
     if mine:
         y = y * gl.where(in_r > 0, T.higher, 1.0)
         if bias_ptr is not None:
@@ -282,6 +287,12 @@ def constants(
     }  # fmt: skip
 
 
+def launch_options(bits: int, rows: int, group_columns: int, warps: int, depth: int, pdl: bool) -> dict:
+    """Of the kernel's launch: registers for five programs of four warps a multiprocessor where that takes no spills."""
+    five = rows == 16 and warps == 4 and depth <= 4 and 12 <= depth * bits <= 16 and group_columns >= 128
+    return {"num_warps": warps, "launch_pdl": pdl} | ({"maxnreg": 96} if five else {})
+
+
 def prepare_wide(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     rows: int, warps: int, depth: int, chunk: int, split: int, pdl: bool,
@@ -304,13 +315,14 @@ def prepare_wide(
 
     Returns:
         A launch as `decode.prepare_decode` returns it, without x: M at most ``rows``, ``programs = ceil(all_strips /
-        warps)``, the workspace of split * programs * 16 * warps * rows elements.
+        warps)``, the workspace of (split - 1) * programs * 16 * warps * rows elements.
     """
     names = constants(bits, scales_bf16, rows, warps, depth, chunk, split > 1, group_columns, pdl)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     digits_box = described(torch.int8, [chunk * 2 * rows, 128], DIGITS_LAYOUT.value)
     pointers = (digits_box, *[torch.int32] * 3, bias, dtype, *meeting)
-    run = prepare(wide_kernel, device, pointers, 5, names, num_warps=warps, launch_pdl=pdl)
+    options = launch_options(bits, rows, group_columns, warps, depth, pdl)
+    run = prepare(wide_kernel, device, pointers, 5, names, **options)
 
     def launch(
         programs: int, split: int, stream: int, x: None, digits: int, sums: int, words: int, meta: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -56,7 +57,8 @@ def test_every_plan_can_be_launched(problem, batch_invariant):
         if isinstance(plan, DecodePlan):
             assert problem.takes_digits
             assert batch_invariant or plan.tiles * plan.rows_of_tile(problem) >= problem.M
-            assert plan.chunk % plan.depth == 0
+            assert plan.chunk >= plan.depth
+            assert plan.own_digits or plan.chunk % plan.depth == 0
             assert plan.warps_n * plan.warps_k <= 16
             per_step = plan.tiles * (1024 + 32 * plan.turns(problem))
             used = (2 - plan.own_digits) * plan.chunk * plan.warps_k * per_step
@@ -65,7 +67,7 @@ def test_every_plan_can_be_launched(problem, batch_invariant):
             if plan.own_digits:
                 assert plan.tiles == 1
                 assert not problem.ordered
-                assert plan.chunk * plan.warps_k * plan.split >= problem.steps
+                assert plan.chunk >= min(plan.rounds(problem), math.ceil(problem.steps / plan.warps_k))
                 assert plan.chunk % (2 * plan.warps_n) == 0  # whole passes of two steps a warp
         elif isinstance(plan, WidePlan):
             assert problem.arch == "sm_90"
@@ -79,8 +81,8 @@ def test_every_plan_can_be_launched(problem, batch_invariant):
             assert plan.stages >= 2
             rows = 64 * plan.groups
             meta = 4 * max(1, 128 // problem.group_columns)
-            used = plan.stages * (256 * plan.block_m + rows * (16 * problem.bits + meta)) + 2 * rows * plan.block_m
-            assert used <= SHARED_MEMORY["sm_90"] // plan.resident
+            used = plan.stages * (256 * plan.block_m + rows * (16 * problem.bits + meta)) + rows * plan.block_m
+            assert used + (rows * plan.block_m if plan.stages > 2 else 0) <= SHARED_MEMORY["sm_90"] // plan.resident
             programs, streamed = plan.shares(problem)
             assert 1 <= programs <= plan.resident * problem.multiprocessors
             assert 0 <= streamed <= plan.tiles(problem)
@@ -126,7 +128,7 @@ def schedule():
     transposed = pytest.importorskip("gptq_triton.kernels.transposed")
     assert transposed.STAGE.value == 4  # strips of a stage, as plans count them
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("share", "pieces", "piece", "others", "place"):
+        for name in ("share", "sharers", "pieces", "piece", "others", "place"):
             patch.setattr(module, name, getattr(module, name).fn)
         yield module
 
@@ -168,6 +170,20 @@ def check_shares(schedule, programs, streamed, tiles, units):
     assert len(set(unfinished)) == len(unfinished)  # a program has room for the sums of one tile
 
 
+@given(st.integers(1, 60), st.integers(1, 40), st.data())
+def test_equal_shares_of_tiles_meet(schedule, tiles, rounds, data):
+    programs = data.draw(st.integers(1, tiles * rounds))
+    owners = {}  # of rounds
+    for p in range(programs):
+        start, stop = schedule.share(p, programs, tiles, rounds)
+        assert tiles * rounds // programs <= stop - start <= math.ceil(tiles * rounds / programs)
+        owners |= dict.fromkeys(range(start, stop), p)
+    assert sorted(owners) == list(range(tiles * rounds))
+    for tile in range(tiles):
+        first, count = schedule.sharers(tile, programs, tiles, rounds)
+        assert {owners[tile * rounds + i] for i in range(rounds)} == set(range(first, first + count))
+
+
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_the_gradients_tiles_have_their_places(schedule, blocks_m, steps):
     places = {schedule.place(tile, blocks_m, steps, 8) for tile in range(blocks_m * steps)}
@@ -181,6 +197,23 @@ def test_persistent_programs_share_the_tiles_evenly():
     assert replace(plan, persistent=False).programs(problem) == 896
     assert plan in set(candidates(problem))
     assert plan not in set(candidates(replace(problem, strips=264)))  # a tile for each multiprocessor
+
+
+@given(st.integers(1, 4000), st.integers(2, 400), st.sampled_from((82, 132)))
+def test_even_shares_are_taken_where_tiles_come_out_unevenly(strips, steps, multiprocessors):
+    problem = replace(H200, strips=strips, steps=steps, multiprocessors=multiprocessors)
+    plans = [plan for plan in candidates(problem) if isinstance(plan, DecodePlan)]
+    for plan in plans:
+        tiles, rounds = plan.tiles_of_weight(problem), math.ceil(steps / plan.warps_k)
+        programs, over_k = plan.grid(problem)
+        busiest = plan.rounds(problem) * (1 if plan.even else math.ceil(tiles / programs))
+        assert tiles * rounds <= busiest * programs * over_k  # all is done
+        if plan.even:
+            whole = replace(plan, split=1, persistent=False)
+            waves = math.ceil(tiles / multiprocessors)
+            assert programs == min(multiprocessors, tiles * rounds)
+            assert 2 <= busiest <= waves * whole.rounds(problem)
+            assert plan.parts(problem) == programs  # each leaves one at most: of the tile it goes on with
 
 
 @given(problems)
@@ -247,19 +280,30 @@ def test_tables(tmp_path, monkeypatch):
 def test_tables_of_weights_with_act_order(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTQ_TRITON_CACHE", str(tmp_path))
     tables._table.cache_clear()
-    plain = replace(H200, strips=3, steps=5)
+    plain = replace(H200, strips=3, steps=64)
     ordered = replace(plain, ordered=True)
-    few, wide, many = DecodePlan(1, 1, 2, 8, 4, 6, 1, own_digits=True), WidePlan(8, 4, 8, 2), LargePlan(16, 2, 8, 2, 2)
+    few, wide, many = DecodePlan(1, 1, 2, 8, 8, 8, 1, own_digits=True), WidePlan(8, 4, 8, 2), LargePlan(16, 2, 8, 2, 2)
     rows = {1: few, 8: wide, 16: many, 32: many}
     tables.save("a-gpu", {tables.case(replace(plain, M=M)): plan for M, plan in rows.items()})
-    assert tables.lookup("a-gpu", ordered) == replace(few, chunk=4, own_digits=False)
+    assert tables.lookup("a-gpu", ordered) == replace(few, depth=4, chunk=4, own_digits=False)
     assert tables.lookup("a-gpu", replace(ordered, M=8)) == wide
     assert tables.lookup("a-gpu", replace(ordered, M=16)) is None  # digits are put in order by their own launch
     assert tables.lookup("a-gpu", replace(ordered, M=17)) == many
     own = WidePlan(4, 4, 4, 1)
-    tables.save("a-gpu", {"48x640 w4 act-order m16": own})
+    tables.save("a-gpu", {"48x8192 w4 act-order m16": own})
     assert tables.lookup("a-gpu", replace(ordered, M=16)) == own
     assert tables.lookup("a-gpu", replace(plain, M=16)) == many
+    tables._table.cache_clear()
+
+
+def test_a_plan_of_equal_shares_needs_as_many_multiprocessors(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQ_TRITON_CACHE", str(tmp_path))
+    tables._table.cache_clear()
+    problem = replace(H200, strips=320, steps=200)
+    even = next(plan for plan in candidates(problem) if isinstance(plan, DecodePlan) and plan.even and plan.own_digits)
+    tables.save("a-gpu", {tables.case(problem): even})
+    assert tables.lookup("a-gpu", problem) == even
+    assert tables.lookup("a-gpu", replace(problem, multiprocessors=20)) is None
     tables._table.cache_clear()
 
 

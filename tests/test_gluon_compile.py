@@ -39,6 +39,14 @@ def compiled(kernel, pointers: dict[str, str | None], integers: tuple[str, ...],
     return compile(source, GPUTarget("cuda", int(arch[3:]), 32), options=options)
 
 
+def test_kernels_on_disk_are_told_apart_by_their_text():
+    from gptq_triton.kernels.common import Text
+
+    text, same, other = (Text(4, False, warpgroup=False) for _ in range(3))
+    other.keep(unpack="of another release")
+    assert repr(text) == repr(same) != repr(other)
+
+
 def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     from gptq_triton.kernels import decode, wide
 
@@ -67,10 +75,14 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
         "workspace_ptr": "fp32" if splits else None,
         "counters_ptr": "i32" if splits else None,
     }
-    kernel = decode.decode_kernel if module is decode else wide.wide_kernel
-    warps = plan.warps if isinstance(plan, WidePlan) else plan.warps_n * plan.warps_k
     integers = ("M", "N", "K", "steps", "strips", "stride_xm", "stride_ym")
-    return compiled(kernel, pointers, integers, constants, problem.arch, num_warps=warps, launch_pdl=pdl)
+    if isinstance(plan, WidePlan):
+        options = wide.launch_options(
+            problem.bits, plan.rows(problem), problem.group_columns, plan.warps, plan.depth, pdl
+        )
+        return compiled(wide.wide_kernel, pointers, integers, constants, problem.arch, **options)
+    options = {"num_warps": plan.warps_n * plan.warps_k, "launch_pdl": pdl}
+    return compiled(decode.decode_kernel, pointers, integers, constants, problem.arch, **options)
 
 
 def cases():
@@ -96,8 +108,12 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
             plan = replace(plan, split=1 if bias else 2)
             if isinstance(plan, DecodePlan):
                 plan = replace(plan, persistent=bias)
-                own = (with_own_digits(problem, replace(plan, split=split)) for split in (1, 2, 4, 8, 16))
+                splits = [replace(plan, split=split, persistent=bias and split == 1) for split in (1, 2, 4, 8, 16)]
+                own = (with_own_digits(problem, plan) for plan in splits)
                 firsts.setdefault("own digits", next(filter(None, own), None))  # the longest that fit
+                even = replace(plan, split=2, persistent=True)
+                firsts.setdefault("even", even)
+                firsts.setdefault("own digits, even", with_own_digits(problem, even))
             firsts.setdefault((type(plan), isinstance(plan, DecodePlan) and plan.in_turn), plan)
     columns = problem.M * problem.subgroups
     assert ((DecodePlan, problem.subgroups > 1 and columns > 4) in firsts) == (columns <= 16)
@@ -190,7 +206,7 @@ def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias
         "words": f"tensordesc<i32[{strips}, 128],{flat!r}>",
         "rest": f"tensordesc<i32[{strips}, 64],{flat!r}>",
         "meta": f"tensordesc<i32[{subgroups}, {16 * strips}],{flat!r}>",
-        "y": f"tensordesc<{half}[{plan.block_m}, 64],{rows!r}>",
+        "y": f"tensordesc<{half}[{tiles.out_m.value}, 64],{rows!r}>",
         "bias_ptr": half if bias else None,
         "workspace_ptr": "fp32" if plan.split > 1 else None,
         "counters_ptr": "i32" if plan.split > 1 else None,

@@ -96,6 +96,8 @@ def run(asm: tuple[str, str], inputs: list[Tensor]) -> list[Tensor]:
             result = a[0] << a[1]
         elif operation == "xor.b32":
             result = a[0] ^ a[1]
+        elif operation == "add.s32":
+            result = a[0] + a[1]
         elif operation == "sub.s32":
             result = a[0] - a[1]
         elif re.fullmatch(r"max\.NaN\.b?f16(x2)?", operation):  # no signs: the order of integers, NaN above all
@@ -175,9 +177,11 @@ def test_meta_words(bits, is_signed, scales_bf16):
         assert torch.equal(signed(zero), zeros * 2 ** (shift(bits) * r8) - less)
 
 
-@pytest.mark.parametrize(("subgroups", "turns"), [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("subgroups", "turns", "chains"), [(1, 1, 1), (1, 1, 2), (2, 1, 1), (4, 1, 2), (1, 2, 1), (1, 4, 1)]
+)
 @pytest.mark.parametrize("bits", BITS)
-def test_the_product_of_a_step(bits, subgroups, turns):
+def test_the_product_of_a_step(bits, subgroups, turns, chains):
     rng = generator(bits)
     codes = torch.randint(0, 2**bits, (128, 16), generator=rng, dtype=torch.uint8)
     groups, rows = subgroups * turns, 4 // subgroups
@@ -204,7 +208,7 @@ def test_the_product_of_a_step(bits, subgroups, turns):
         inputs += [to_bits(scales[u, g]), to_bits(scales[u, g + 8]), zeros[u, g], zeros[u, g + 8] * 2 ** shift(bits)]
         inputs.append(-q.view(rows, groups, columns).sum(2)[m, u] & WORD)
     inputs += [to_bits(unit[m]), to_bits(start[t, g]), to_bits(start[t, g + 8] * 2 ** shift(bits))]
-    found = run(product_asm(turns), inputs)
+    found = run(product_asm(turns, chains), inputs)
     weight = (codes.double().view(groups, columns, 16) - zeros[:, None]) * scales[:, None].double()
 
     def product(q: Tensor, weight: Tensor) -> Tensor:
@@ -254,4 +258,6 @@ def test_loads_follow_each_other(bits, addresses):
     assert outputs == [f"${i}" for i in range(words(bits))]
     assert [int(offset) for *_, offset in loads] == [512 * i for i in range(len(loads))]
     padded = -(-words(bits) // 4) * 4 if addresses > 1 else words(bits)
-    assert constraints.split(",") == ["=&r"] * padded + ["l"] * addresses
+    assert constraints.split(",") == ["=&r"] * padded + ["l"] * addresses + ["r"] * (2 * addresses)
+    assert f"setp.le.s32 on, ${padded + addresses}, ${padded + 2 * addresses};" in text
+    assert all(re.search(r"@on ld[^;]*$", part) for part in text.split(";") if "ld." in part)

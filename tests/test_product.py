@@ -7,6 +7,7 @@ import copy
 import math
 import pickle
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,7 +75,7 @@ class Kernels:
     def gather(self, x: Tensor, order: Tensor, out: Tensor, *, pdl: bool) -> None:
         out.copy_(torch.where(order >= 0, x[:, order.clamp(min=0).long()], 0))
 
-    def dequantize(self, words, meta, scales, out, *, bits, group_columns, scales_bf16, first_strip, ptx):
+    def dequantize(self, words, meta, scales, out, *, bits, group_columns, scales_bf16, first_strip, ptx, pdl):
         w = floats(words, meta, scales, bits, group_columns, scales_bf16).t()
         out.copy_(w[16 * first_strip : 16 * first_strip + len(out), : out.shape[1]])
 
@@ -216,13 +217,14 @@ def test_the_vendor_may_add_halves_again_afterwards():
     ("group_size", "M"),
     [*((128, M) for M in (1, 4, 5, 8, 12, 16)), (64, 2), (64, 7), (64, 16), (32, 1), (32, 2), (32, 4)],
 )
-def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order):
+@pytest.mark.parametrize("multiprocessors", [132, 5])  # which tiles do not share evenly
+def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order, multiprocessors):
     weight = random_weight(1536, 530, 4, group_size, act_order=act_order)
     tiled = tile_weight(weight)
     order = None if tiled.order is None else tiled.order.data_ptr()
     bias = torch.zeros(530, dtype=torch.float16)
     x = random_rows(M, 1536, torch.float16)
-    problem = product.problem_of(M, torch.float16, 0, tiled)
+    problem = replace(product.problem_of(M, torch.float16, 0, tiled), multiprocessors=multiprocessors)
     for plan in dispatch.candidates(problem):
         if isinstance(plan, MatmulPlan):
             continue
@@ -233,16 +235,16 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order):
         if isinstance(plan, DecodePlan) and plan.own_digits:
             ((kind, taken, main),) = gpu.kernels.launches
             assert (kind, taken["own_rows"], taken["aligned"]) == ("decode", M, True)
-            programs = plan.programs(problem)
             partial, zeros = gpu.scratch.memory, gpu.scratch.zeros
             met = (partial.data_ptr(), zeros.data_ptr()) if plan.split > 1 else (None, None)
             assert main == (
-                programs, plan.split, 0, x.data_ptr(), None, None, tiled.words.data_ptr(),
+                *plan.grid(problem), 0, x.data_ptr(), None, None, tiled.words.data_ptr(),
                 tiled.meta.data_ptr(), bias.data_ptr(), y.data_ptr(), *met, M, 530, 1536, tiled.steps, 34, 1536, 530,
             )  # fmt: skip
             if plan.split > 1:
-                assert programs == zeros.numel() == math.ceil(34 / plan.strips_of_program)
-                assert partial.numel() == plan.split * programs * plan.strips_of_program * 16 * 4 // (128 // group_size)
+                assert zeros.numel() == math.ceil(34 / plan.strips_of_program)
+                of_a_part = plan.strips_of_program * 16 * 4 // (128 // group_size)
+                assert partial.numel() == plan.parts(problem) * of_a_part
             continue
         (_, taken, digits), (kind, _, main) = gpu.kernels.launches
         assert main[3] is None
@@ -268,10 +270,10 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order):
             assert end == after
         else:
             assert main[9] == after
-            assert end - after == 4 * plan.split * tiles * plan.strips_of_program * 16 * rows
+            assert end - after == 4 * plan.parts(problem) * plan.strips_of_program * 16 * rows
             assert main[10] == gpu.scratch.zeros.data_ptr()
             assert gpu.scratch.zeros.numel() == tiles
-        assert main[1] == plan.split
+        assert main[:2] == plan.grid(problem)
 
 
 def test_a_warm_call_is_looked_up_with_the_weight(gpu, monkeypatch):

@@ -148,7 +148,7 @@ def _form(problem: Problem, scales: torch.dtype) -> dict[str, Any]:
 
 def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device: int) -> Launch:
     """One launch, whose programs find the digits of x."""
-    M, K, N, split = problem.M, operands.K, operands.N, plan.split
+    M, K, N = problem.M, operands.K, operands.N
     strips, steps, grid = problem.strips, problem.steps, plan.grid(problem)
     tiles = asdict(plan)
     del tiles["own_digits"]
@@ -167,7 +167,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
-        partial, zeros = scratch.get(stream, words, counters) if split > 1 else (None, None)
+        partial, zeros = scratch.get(stream, words, counters) if counters else (None, None)
         multiply(
             *grid, stream,
             x.data_ptr(), None, None,
@@ -180,7 +180,7 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
 
 def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands, device: int) -> Launch:
     """Two launches: the digits of x, then the product."""
-    M, K, N, split = problem.M, operands.K, operands.N, plan.split
+    M, K, N = problem.M, operands.K, operands.N
     strips, steps, grid = problem.strips, problem.steps, plan.grid(problem)
     pdl = problem.capability >= 90
     wide = isinstance(plan, WidePlan)
@@ -228,7 +228,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
                 *grid, stream, None,
                 digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(),
                 None if bias is None else bias.data_ptr(), y.data_ptr(),
-                sums + 4 * sum_words if split > 1 else None, zeros if split > 1 else None,
+                sums + 4 * sum_words if counters else None, zeros if counters else None,
                 M, N, K, steps, strips, K, N,
             )  # fmt: skip
 
@@ -237,8 +237,9 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
 
 def _meeting(problem: Problem, plan: DecodePlan | WidePlan) -> tuple[int, int]:
     """Words of the partial sums of programs that share tiles of y, and the tiles."""
-    tiles = -(-problem.strips // plan.strips_of_program) if plan.split > 1 else 0
-    return plan.parts(problem) * STRIP * plan.strips_of_program * plan.rows(problem), tiles
+    parts = plan.parts(problem)
+    tiles = -(-problem.strips // plan.strips_of_program) if parts else 0
+    return parts * STRIP * plan.strips_of_program * plan.rows(problem), tiles
 
 
 def _matmul(

@@ -97,6 +97,23 @@ def wait_for(counter_ptr, count):
 
 
 @gluon.jit
+def add_parts(ys, ptr, by, count, STRIDE: gl.constexpr):
+    """Add so many partial sums of other programs, ``by`` apart, in their order; four are on their way at once."""
+    for first in range(0, count, 4):
+        parts = ()
+        for i in gl.static_range(4):
+            part_ptr = ptr + gl.minimum(first + i, count - 1) * by
+            for c in gl.static_range(len(ys)):
+                parts = parts + (gl.load(part_ptr + c * STRIDE, cache_modifier=".cg"),)
+        for i in gl.static_range(4):
+            added = ()
+            for c in gl.static_range(len(ys)):
+                added = added + (gl.where(first + i < count, ys[c] + parts[i * len(ys) + c], ys[c]),)
+            ys = added
+    return ys
+
+
+@gluon.jit
 def load_words(ptrs, step, last, T: gl.constexpr):
     """The words of a strip and step, a tensor for each of a lane's words or vectors; nothing beyond the last step."""
     ptrs += step * T.step_words

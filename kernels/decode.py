@@ -35,6 +35,7 @@ from .common import (
     LAUNCH_DEPENDENTS,
     WAIT_FOR_EARLIER,
     Text,
+    add_parts,
     arrive,
     barrier,
     bits_of,
@@ -132,23 +133,6 @@ def _step(
 
 
 @gluon.jit
-def _add_parts(ys, ptr, by, count, STRIDE: gl.constexpr):
-    """Add so many partial sums of other programs, in their order; four are on their way at once."""
-    for first in range(0, count, 4):
-        parts = ()
-        for i in gl.static_range(4):
-            part_ptr = ptr + gl.minimum(first + i, count - 1) * by
-            for c in gl.static_range(len(ys)):
-                parts = parts + (gl.load(part_ptr + c * STRIDE, cache_modifier=".cg"),)
-        for i in gl.static_range(4):
-            added = ()
-            for c in gl.static_range(len(ys)):
-                added = added + (gl.where(first + i < count, ys[c] + parts[i * len(ys) + c], ys[c]),)
-            ys = added
-    return ys
-
-
-@gluon.jit
 def _copy_chunk(
     digits, sums, digits_ptr, sums_ptr, digit_offs, sum_offs, row, sum_row, first, end, TILES: gl.constexpr
 ):  # fmt: skip
@@ -181,7 +165,6 @@ def decode_kernel(
     With OWN_ROWS, rows of x, a program finds the digits of all its steps itself; else they come in chunks.
     """
     S: gl.constexpr = STRIPS * WARPS_N
-    STEP_WORDS: gl.constexpr = 64 * T.bits
     WIDTH: gl.constexpr = 8 * TURNS  # of the sums of a step and tile
     LANES: gl.constexpr = 32 // SUBGROUPS  # with sums of their own: those over subgroups meet
     TILE: gl.constexpr = 4 // SUBGROUPS  # rows of x
@@ -215,7 +198,7 @@ def decode_kernel(
 
     # First pointers
     step = _steps(lo * WARPS_K, WARPS_K, S, L)
-    q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, tile_from, strips, steps * STEP_WORDS, S, SUBGROUPS, L)
+    q_ptrs, m_ptrs = _pointers(words_ptr, meta_ptr, tile_from, strips, steps * T.step_words, S, SUBGROUPS, L)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     SIDES: gl.constexpr = 1 if OWN_ROWS else 2
@@ -288,7 +271,7 @@ def decode_kernel(
                     ahead_tile += tile_by
                     step = _steps(0, WARPS_K, S, L)
                     q_ptrs, m_ptrs = _pointers(
-                        words_ptr, meta_ptr, ahead_tile, strips, steps * STEP_WORDS, S, SUBGROUPS, L
+                        words_ptr, meta_ptr, ahead_tile, strips, steps * T.step_words, S, SUBGROUPS, L
                     )
                     if EVEN:
                         left = gl.maximum(gl.minimum(mine_to - ahead_tile * rounds, rounds), 0)
@@ -339,7 +322,7 @@ def decode_kernel(
         mine = True
         if SPLITS:
             # One of a tile's programs has the others' sums: with equal shares the one that begins it, as others go on
-            # with it at once; else the last, which runs when all others do or have. Parts lie STRIDE * PART apart
+            # with it at once; else the last, which runs when all others do or have
             PART: gl.constexpr = 2 * TILES * S * LANES
             if EVEN:
                 first_sharer, parts = sharers(tile, programs, tiles_n, rounds)
@@ -356,7 +339,7 @@ def decode_kernel(
                 arrive(counters_ptr + tile)
             elif parts > 1:
                 wait_for(counters_ptr + tile, parts - 1)
-                ys = _add_parts(ys, part_ptr + others * PART, by * PART, parts - 1, S * LANES)
+                ys = add_parts(ys, part_ptr + others * PART, by * PART, parts - 1, S * LANES)
                 barrier()
                 gl.store(counters_ptr + tile, 0)
         if mine:

@@ -31,6 +31,7 @@ from .common import (
     LAUNCH_DEPENDENTS,
     WAIT_FOR_EARLIER,
     Text,
+    add_parts,
     arrive,
     barrier,
     bits_of,
@@ -154,7 +155,6 @@ def wide_kernel(
     ML: gl.constexpr, ZL: gl.constexpr, CL: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program."""
-    STEP_WORDS: gl.constexpr = 64 * T.bits
     WIDTH: gl.constexpr = 2 * TURNS * ROWS  # of the sums of a step
 
     # Which tile is mine: strips WARPS * pid_n ..., steps lo ... hi
@@ -170,7 +170,7 @@ def wide_kernel(
     strip = gl.expand_dims(gl.expand_dims(strip, 1), 2)
     lane = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, L))), 0), 2)
     word = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L))), 0), 1)
-    q_ptrs = words_ptr + strip.to(gl.int64) * (steps * STEP_WORDS) + lane * 4 + word
+    q_ptrs = words_ptr + strip.to(gl.int64) * (steps * T.step_words) + lane * 4 + word
     strip_m = gl.minimum(pid_n * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, ML)), strips - 1)
     m_ptrs = meta_ptr + gl.expand_dims(strip_m, 1) * 16 + gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, ML)), 0) * 2
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, CL))
@@ -242,13 +242,7 @@ def wide_kernel(
         mine = pid_k == split - 1  # the last has the others' sums: it runs when all others do or have
         if mine:
             wait_for(counters_ptr + pid_n, split - 1)
-            for first in range(0, split - 1, 4):  # four are on their way at once
-                parts = ()
-                for i in gl.static_range(4):
-                    part = gl.minimum(first + i, split - 2)
-                    parts = parts + (gl.load(part_ptrs + part * stride_part, cache_modifier=".cg"),)
-                for i in gl.static_range(4):
-                    y = gl.where(first + i < split - 1, y + parts[i], y)
+            y = add_parts((acc,), part_ptrs, stride_part, split - 1, 0)[0]
             barrier()
             gl.store(counters_ptr + pid_n, 0)
         else:

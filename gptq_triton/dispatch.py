@@ -130,10 +130,11 @@ _DECODE = {
     },
     4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
-# (warps, depth, chunk)
+# (warps, depth, chunk, registers). Fewer registers leave room for the digits' programs of the next launch
 _WIDE = {
-    **dict.fromkeys((2, 3, 4), ((4, 2, 4), (4, 4, 4), (8, 4, 8), (8, 8, 8), (4, 8, 8))),
-    8: ((4, 2, 4), (8, 2, 4), (16, 2, 4), (8, 4, 8), (4, 4, 4)),
+    **dict.fromkeys((3, 4), ((4, 4, 4, 120), (4, 4, 4, None), (4, 2, 4, 96), (8, 4, 8, None), (4, 8, 8, None))),
+    2: ((4, 4, 4, 112), (4, 4, 4, None), (4, 8, 8, None), (8, 4, 8, None), (8, 8, 8, None)),
+    8: ((4, 2, 4, 112), (4, 4, 4, None), (8, 2, 4, None), (8, 4, 8, None), (16, 2, 4, None)),
 }
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
@@ -215,10 +216,10 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
-    for warps, depth, chunk in _WIDE[problem.bits]:
+    for warps, depth, chunk, max_registers in _WIDE[problem.bits]:
         for split in _SPLITS:
             if split <= problem.steps:
-                yield WidePlan(warps, depth, chunk, split)
+                yield WidePlan(warps, depth, chunk, split, max_registers)
 
 
 def _matmul(problem: Problem) -> Iterator[MatmulPlan]:

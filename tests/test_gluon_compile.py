@@ -54,6 +54,7 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     splits = tiles.pop("split") > 1
     module = decode if isinstance(plan, DecodePlan) else wide
     own = tiles.pop("own_digits", False)
+    tiles.pop("max_registers", None)
     if own:
         tiles |= {"own_rows": problem.M, "bf16": problem.dtype == torch.bfloat16, "pairs": not bias}
     if module is wide:
@@ -77,9 +78,7 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     }
     integers = ("M", "N", "K", "steps", "strips", "stride_xm", "stride_ym")
     if isinstance(plan, WidePlan):
-        options = wide.launch_options(
-            problem.bits, plan.rows(problem), problem.group_columns, plan.warps, plan.depth, pdl
-        )
+        options = wide.launch_options(plan.warps, plan.max_registers, pdl)
         return compiled(wide.wide_kernel, pointers, integers, constants, problem.arch, **options)
     options = {"num_warps": plan.warps_n * plan.warps_k, "launch_pdl": pdl}
     return compiled(decode.decode_kernel, pointers, integers, constants, problem.arch, **options)

@@ -131,10 +131,12 @@ _DECODE = {
     4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
 # (warps, depth, chunk, registers). Fewer registers leave room for the digits' programs of the next launch
+_PLAIN = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None), (8, 8, 8, None), (4, 8, 8, None)
 _WIDE = {
-    **dict.fromkeys((3, 4), ((4, 4, 4, 120), (4, 4, 4, None), (4, 2, 4, 96), (8, 4, 8, None), (4, 8, 8, None))),
-    2: ((4, 4, 4, 112), (4, 4, 4, None), (4, 8, 8, None), (8, 4, 8, None), (8, 8, 8, None)),
-    8: ((4, 2, 4, 112), (4, 4, 4, None), (8, 2, 4, None), (8, 4, 8, None), (16, 2, 4, None)),
+    2: ((4, 4, 4, 112), *_PLAIN),
+    3: _PLAIN,
+    4: ((4, 4, 4, 120), *_PLAIN),
+    8: ((4, 2, 4, 112), (4, 2, 4, None), (8, 2, 4, None), (16, 2, 4, None), (8, 4, 8, None), (4, 4, 4, None)),
 }
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
@@ -217,7 +219,9 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
     for warps, depth, chunk, max_registers in _WIDE[problem.bits]:
-        for split in _SPLITS:
+        # two products take more registers, and so does the bias where no partial sums meet
+        splits = _SPLITS if max_registers is None else _SPLITS[1:] if problem.subgroups == 1 else ()
+        for split in splits:
             if split <= problem.steps:
                 yield WidePlan(warps, depth, chunk, split, max_registers)
 

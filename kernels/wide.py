@@ -212,6 +212,7 @@ def wide_kernel(
         for i in range(0, gl.minimum(CHUNK, hi - chunk), DEPTH):
             # The sums of a step are added while the products of the next run. Scales past the last step are 0
             stage = side * CHUNK + i
+            cs = ()
             for d in gl.static_range(DEPTH + 1):
                 if d > 0:
                     done = _wait(cs)

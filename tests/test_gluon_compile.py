@@ -104,16 +104,18 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
         if isinstance(plan, (DecodePlan, WidePlan)):
             if isinstance(plan, DecodePlan) and plan.own_digits:
                 continue
-            plan = replace(plan, split=1 if bias else 2)
             if isinstance(plan, DecodePlan):
-                plan = replace(plan, persistent=bias)
+                plan = replace(plan, split=1 if bias else 2, persistent=bias)
                 splits = [replace(plan, split=split, persistent=bias and split == 1) for split in (1, 2, 4, 8, 16)]
                 own = (with_own_digits(problem, plan) for plan in splits)
                 firsts.setdefault("own digits", next(filter(None, own), None))  # the longest that fit
                 even = replace(plan, split=2, persistent=True)
                 firsts.setdefault("even", even)
                 firsts.setdefault("own digits, even", with_own_digits(problem, even))
-            firsts.setdefault((type(plan), isinstance(plan, DecodePlan) and plan.in_turn), plan)
+                firsts.setdefault((type(plan), plan.in_turn), plan)
+            else:
+                split = 1 if bias and plan.max_registers is None else 2
+                firsts.setdefault((type(plan), plan.max_registers), replace(plan, split=split))
     columns = problem.M * problem.subgroups
     assert ((DecodePlan, problem.subgroups > 1 and columns > 4) in firsts) == (columns <= 16)
     assert (firsts.get("own digits") is not None) == (columns <= 4)

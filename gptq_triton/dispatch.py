@@ -360,29 +360,28 @@ def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
     Constants by least squares and by what choosing wrong costs, over 6800 measured times of 144 cases.
     """
     more = problem.subgroups - 1
-    programs, split = plan.grid(problem)
-    programs *= split
+    over_n, split = plan.grid(problem)
+    programs = over_n * split
     tiles = -(-problem.strips // plan.strips_of_program)
     if isinstance(plan, DecodePlan):
-        warps, rounds, of_program = plan.warps_n * plan.warps_k, plan.rounds(problem), 1.0
-        parts = split
+        warps, rounds, of_program, parts = plan.warps_n * plan.warps_k, plan.rounds(problem), 1.0, split
         if plan.even:
             of_program, parts = 1 + tiles / programs, 1 + -(-programs // tiles)
         elif plan.persistent:
             of_program = -(-tiles // programs)
             rounds *= of_program
-        strips, filling, chain, cycles = plan.strips, 2.4, 360 * plan.strips**0.7, 50 + 57 * plan.tiles
+        strips, filling, latency, cycles = plan.strips, 2.4, 360 * plan.strips**0.7, 50 + 57 * plan.tiles
         groups = 1 + 30 * plan.tiles * more / cycles if plan.in_turn else 1.3 if more else 1.0
     else:
         warps, rounds, of_program, parts = plan.warps, -(-problem.steps // split), 1.0, split
-        strips, filling, chain, cycles = 1, 2.7, 345, {8: 124, 16: 150}[plan.rows(problem)]
+        strips, filling, latency, cycles = 1, 2.7, 345, {8: 124, 16: 150}[plan.rows(problem)]
         groups = 1 + 0.4 * more
     groups *= {2: 0.9, 3: 1.06}.get(problem.bits, 1.0)
     each = -(-programs // problem.multiprocessors)  # programs of a multiprocessor
     resident = _resident(problem, plan)
     arrival = problem.strips * problem.steps * (256 * problem.bits + 64 * problem.subgroups) / 4.6e6
-    step = groups * chain + 530 / min(plan.depth, rounds)  # cycles of a round: its own, and until its words arrive
-    chain = -(-each // resident) * (filling + rounds * step / 1.7e3)
+    latency = groups * latency + 530 / min(plan.depth, rounds)  # cycles of a round: its own, and until its words arrive
+    chain = -(-each // resident) * (filling + rounds * latency / 1.7e3)
     arithmetic = each * rounds * warps * strips * groups * cycles / (4 * 1.7e3)
     if isinstance(plan, DecodePlan) and plan.own_digits:
         digits = 0.6 * max(0.0, _own_digits(problem, plan) + 0.8)

@@ -4,10 +4,10 @@
 
 As in decode.py, x comes as two signed digits (digits.py) and codes go from memory to registers, a mask for four codes.
 Here the registers are the A operand of ``wgmma``, and the digits of 8 or 16 rows, which all warps share, are its B
-operand in shared memory, and the sums of a step are added while the products of the next one run. The copy engine brings digits: a
-thread's own copies would need a fence before products may read them, and the fence waits for the words in flight. A
-program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the program of
-the last range waits for the others' and adds them in a fixed order.
+operand in shared memory; the sums of a step are added while the products of the next one run. The copy engine brings
+digits: a thread's own copies would need a fence before products may read them, and the fence waits for the words in
+flight. A program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the
+program of the last range waits for the others' and adds them in a fixed order.
 
 Groups of 64 have products of their own, two for a step, each with its scales.
 

@@ -142,6 +142,7 @@ class WidePlan:
     depth: int
     chunk: int
     split: int
+    max_registers: int | None = None  # of a thread: fewer leave room for the next launch
 
     @property
     def strips_of_program(self) -> int:

@@ -4,10 +4,10 @@
 
 As in decode.py, x comes as two signed digits (digits.py) and codes go from memory to registers, a mask for four codes.
 Here the registers are the A operand of ``wgmma``, and the digits of 8 or 16 rows, which all warps share, are its B
-operand in shared memory, so the product runs beside the masks and sums of other warps. The copy engine brings digits: a
-thread's own copies would need a fence before products may read them, and the fence waits for the words in flight. A
-program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the program of
-the last range waits for the others' and adds them in a fixed order.
+operand in shared memory; the sums of a step are added while the products of the next one run. The copy engine brings
+digits: a thread's own copies would need a fence before products may read them, and the fence waits for the words in
+flight. A program owns 16 * WARPS rows of W and one of several ranges of k; partial sums meet in a workspace, where the
+program of the last range waits for the others' and adds them in a fixed order.
 
 Groups of 64 have products of their own, two for a step, each with its scales.
 
@@ -92,18 +92,10 @@ def _rows_of_w(v0, v1, P: gl.constexpr):
 
 
 @gluon.jit
-def _step(
-    acc, q, meta, digits, sums, T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, TURNS: gl.constexpr,
-    ZL: gl.constexpr,
-):  # fmt: skip
-    """acc + scale * unit * ((code - zero) . q) over 128 columns: [strip, g, t, j, r8], row 4 j + t of x."""
+def _multiply(q, digits, T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, TURNS: gl.constexpr):
+    """Start code . q over 128 columns: a product for each group taken in turn."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * ROWS, 32])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    P: gl.constexpr = acc.type.layout
-    unit = _rows_of_x(sums.slice(0, 1, dim=0), ROWS, ZL, P).to(gl.float32, bitcast=True)
-    summed = ()
-    for turn in gl.static_range(TURNS):
-        summed = summed + (_rows_of_x(sums.slice(1 + turn, 1, dim=0), ROWS, ZL, P),)
     registers = unpack(q, T)
     none = gl.zeros((16 * WARPS, 2 * ROWS), gl.int32, mma)
     cs = ()
@@ -111,21 +103,31 @@ def _step(
         a = _operand(registers[16 * turn // TURNS : 16 * (turn + 1) // TURNS], WARPS, A)
         b = digits.slice(128 * turn // TURNS, 128 // TURNS, dim=1)
         cs = cs + (warpgroup_mma(a, b.permute((1, 0)), none, use_acc=False, is_async=True),)
-    scales = ()
-    zeros = ()
+    return cs
+
+
+@gluon.jit
+def _wait(cs):
+    """The products, done."""
+    return (warpgroup_mma_wait(0, deps=cs),) if len(cs) == 1 else warpgroup_mma_wait(0, deps=cs)
+
+
+@gluon.jit
+def _add(
+    acc, cs, meta, sums, T: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, TURNS: gl.constexpr,
+    ZL: gl.constexpr,
+):  # fmt: skip
+    """acc + scale * unit * (code . q - zero * sum of q): [strip, g, t, j, r8], row 4 j + t of x."""
+    P: gl.constexpr = acc.type.layout
+    unit = _rows_of_x(sums.slice(0, 1, dim=0), ROWS, ZL, P).to(gl.float32, bitcast=True)
     for turn in gl.static_range(TURNS):
+        summed = _rows_of_x(sums.slice(1 + turn, 1, dim=0), ROWS, ZL, P)
         s0, s1, z0, z1 = scales_and_zeros(meta[turn], T)
-        zeros = zeros + (_rows_of_w(z0, z1, P),)
-        scales = scales + (_rows_of_w(s0, s1, P),)
-    if TURNS == 1:
-        cs = (warpgroup_mma_wait(0, deps=cs),)
-    else:
-        cs = warpgroup_mma_wait(0, deps=cs)
-    for turn in gl.static_range(TURNS):
         high, low = gl.split(cs[turn].reshape((WARPS, 2, 8, ROWS // 4, 4, 2)).permute((0, 2, 4, 3, 1, 5)))
         high = gl.convert_layout(high, P, assert_trivial=True)
         low = gl.convert_layout(low, P, assert_trivial=True)
-        acc += (high * 256 + low + zeros[turn] * summed[turn]).to(gl.float32) * (scales[turn] * unit)
+        exact = high * 256 + low + _rows_of_w(z0, z1, P) * summed
+        acc += exact.to(gl.float32) * (_rows_of_w(s0, s1, P) * unit)
     return acc
 
 
@@ -207,17 +209,24 @@ def wide_kernel(
         _copy_chunk(digits, sums_ptr, sum_offs, row, staged, 1 - side, chunk + CHUNK, hi)
         mbarrier.wait(full.index(side), phase)
         barrier()  # before the first read of the chunk, or the compiler adds one to every step
-        n = gl.minimum(CHUNK, hi - chunk)
-        for i in range(0, n, DEPTH):
-            for d in gl.static_range(DEPTH):
-                if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
-                    stage = side * CHUNK + i + d
-                    b, sums = step_digits.index(stage), step_sums.index(stage)
-                    acc = _step(acc, q[d], meta[d], b, sums, T, ROWS, WARPS, TURNS, ZL)
-                q = q[:d] + (load_words(q_ptrs, step, last, T),) + q[d + 1 :]
-                meta = meta[:d] + (load_meta(m_ptrs, step, last, strips, 1, TURNS, GROUP_STEPS),) + meta[d + 1 :]
-                step += 1
-                do(FENCE)
+        for i in range(0, gl.minimum(CHUNK, hi - chunk), DEPTH):
+            # The sums of a step are added while the products of the next run. Scales past the last step are 0
+            stage = side * CHUNK + i
+            cs = ()
+            for d in gl.static_range(DEPTH + 1):
+                if d > 0:
+                    done = _wait(cs)
+                if d < DEPTH:
+                    cs = _multiply(q[d], step_digits.index(stage + d), T, ROWS, WARPS, TURNS)
+                    q = q[:d] + (load_words(q_ptrs, step + d, last, T),) + q[d + 1 :]
+                    do(FENCE)  # keeps ptxas from sinking the loads
+                if d > 0:
+                    sums = step_sums.index(stage + d - 1)
+                    acc = _add(acc, done, meta[d - 1], sums, T, ROWS, WARPS, TURNS, ZL)
+                    pairs = load_meta(m_ptrs, step + d - 1, last, strips, 1, TURNS, GROUP_STEPS)
+                    meta = meta[: d - 1] + (pairs,) + meta[d:]
+                    do(FENCE)
+            step += DEPTH
         phase ^= side
         side = 1 - side
     async_copy.wait_group(0)
@@ -281,15 +290,14 @@ def constants(
     }  # fmt: skip
 
 
-def launch_options(bits: int, rows: int, group_columns: int, warps: int, depth: int, pdl: bool) -> dict:
-    """Of the kernel's launch: registers for five programs of four warps a multiprocessor where that takes no spills."""
-    five = rows == 16 and warps == 4 and depth <= 4 and 12 <= depth * bits <= 16 and group_columns >= 128
-    return {"num_warps": warps, "launch_pdl": pdl} | ({"maxnreg": 96} if five else {})
+def launch_options(warps: int, max_registers: int | None, pdl: bool) -> dict:
+    """Of the kernel's launch."""
+    return {"num_warps": warps, "launch_pdl": pdl} | ({"maxnreg": max_registers} if max_registers else {})
 
 
 def prepare_wide(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
-    rows: int, warps: int, depth: int, chunk: int, split: int, pdl: bool,
+    rows: int, warps: int, depth: int, chunk: int, split: int, max_registers: int | None, pdl: bool,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -305,6 +313,7 @@ def prepare_wide(
         depth: Steps of words in flight.
         chunk: Steps of digits staged at a time, a multiple of depth.
         split: Programs over k.
+        max_registers: Of a thread; None: as many as it takes.
         pdl: Programmatic dependent launch.
 
     Returns:
@@ -315,8 +324,7 @@ def prepare_wide(
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     digits_box = described(torch.int8, [chunk * 2 * rows, 128], DIGITS_LAYOUT.value)
     pointers = (digits_box, *[torch.int32] * 3, bias, dtype, *meeting)
-    options = launch_options(bits, rows, group_columns, warps, depth, pdl)
-    run = prepare(wide_kernel, device, pointers, 5, names, **options)
+    run = prepare(wide_kernel, device, pointers, 5, names, **launch_options(warps, max_registers, pdl))
 
     def launch(
         programs: int, split: int, stream: int, x: None, digits: int, sums: int, words: int, meta: int,

@@ -54,6 +54,7 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     splits = tiles.pop("split") > 1
     module = decode if isinstance(plan, DecodePlan) else wide
     own = tiles.pop("own_digits", False)
+    tiles.pop("max_registers", None)
     if own:
         tiles |= {"own_rows": problem.M, "bf16": problem.dtype == torch.bfloat16, "pairs": not bias}
     if module is wide:
@@ -77,9 +78,7 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     }
     integers = ("M", "N", "K", "steps", "strips", "stride_xm", "stride_ym")
     if isinstance(plan, WidePlan):
-        options = wide.launch_options(
-            problem.bits, plan.rows(problem), problem.group_columns, plan.warps, plan.depth, pdl
-        )
+        options = wide.launch_options(plan.warps, plan.max_registers, pdl)
         return compiled(wide.wide_kernel, pointers, integers, constants, problem.arch, **options)
     options = {"num_warps": plan.warps_n * plan.warps_k, "launch_pdl": pdl}
     return compiled(decode.decode_kernel, pointers, integers, constants, problem.arch, **options)
@@ -105,16 +104,18 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
         if isinstance(plan, (DecodePlan, WidePlan)):
             if isinstance(plan, DecodePlan) and plan.own_digits:
                 continue
-            plan = replace(plan, split=1 if bias else 2)
             if isinstance(plan, DecodePlan):
-                plan = replace(plan, persistent=bias)
+                plan = replace(plan, split=1 if bias else 2, persistent=bias)
                 splits = [replace(plan, split=split, persistent=bias and split == 1) for split in (1, 2, 4, 8, 16)]
                 own = (with_own_digits(problem, plan) for plan in splits)
                 firsts.setdefault("own digits", next(filter(None, own), None))  # the longest that fit
                 even = replace(plan, split=2, persistent=True)
                 firsts.setdefault("even", even)
                 firsts.setdefault("own digits, even", with_own_digits(problem, even))
-            firsts.setdefault((type(plan), isinstance(plan, DecodePlan) and plan.in_turn), plan)
+                firsts.setdefault((type(plan), plan.in_turn), plan)
+            else:
+                split = 1 if bias and plan.max_registers is None else 2
+                firsts.setdefault((type(plan), plan.max_registers), replace(plan, split=split))
     columns = problem.M * problem.subgroups
     assert ((DecodePlan, problem.subgroups > 1 and columns > 4) in firsts) == (columns <= 16)
     assert (firsts.get("own digits") is not None) == (columns <= 4)

@@ -134,7 +134,7 @@ _DECODE = {
 _PLAIN = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None), (8, 8, 8, None), (4, 8, 8, None)
 _WIDE = {
     2: ((4, 4, 4, 112), *_PLAIN),
-    3: _PLAIN,
+    3: ((4, 4, 4, 120), *_PLAIN),
     4: ((4, 4, 4, 120), *_PLAIN),
     8: ((4, 2, 4, 112), (4, 2, 4, None), (8, 2, 4, None), (16, 2, 4, None), (8, 4, 8, None), (4, 4, 4, None)),
 }
@@ -219,8 +219,10 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
     for warps, depth, chunk, max_registers in _WIDE[problem.bits]:
+        if depth == 8 and problem.M <= 8 and problem.subgroups == 1:
+            max_registers = 128  # four programs of four warps
         # two products take more registers, and so does the bias where no partial sums meet
-        splits = _SPLITS if max_registers is None else _SPLITS[1:] if problem.subgroups == 1 else ()
+        splits = _SPLITS if max_registers in (None, 128) else _SPLITS[1:] if problem.subgroups == 1 else ()
         for split in splits:
             if split <= problem.steps:
                 yield WidePlan(warps, depth, chunk, split, max_registers)

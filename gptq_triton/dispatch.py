@@ -169,7 +169,7 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
             chunk //= 2
         rounds = -(-problem.steps // warps_k)
         one = DecodePlan(tiles, strips, warps_n, warps_k, min(depth, chunk), chunk, 1, in_turn=in_turn)
-        count, slots = one.tiles_of_weight(problem), problem.multiprocessors * max(1, 16 // (warps_n * warps_k))
+        count, slots = one.tiles_of_weight(problem), problem.multiprocessors * max(1, 16 // one.warps)
         splits = [split for split in _SPLITS if split == 1 or split <= min(rounds, slots // count)]
         plans = [replace(one, split=split) for split in splits]
         one_by_one, even = replace(one, persistent=True), replace(one, persistent=True, split=2)
@@ -180,7 +180,7 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
             plans.append(even)
         yield from plans
         own = (with_own_digits(problem, replace(plan, depth=depth)) for plan in plans)
-        yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 0.9)
+        yield from (plan for plan in own if plan is not None and _own_digits(problem, plan) < 1.7)
 
 
 def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
@@ -191,7 +191,7 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
         return None  # every program putting x in order takes longer
     rounds = min(plan.rounds(problem), math.ceil(problem.steps / plan.warps_k))
     chunk = math.ceil(rounds / (2 * plan.warps_n)) * 2 * plan.warps_n  # whole passes of two steps a warp
-    room = _room(problem, plan.strips * plan.warps_n * plan.warps_k)
+    room = _room(problem, plan.strips * plan.warps)
     fit = chunk * plan.warps_k * (_DIGIT_BYTES + _SUM_BYTES) <= room
     return replace(plan, chunk=chunk, depth=min(plan.depth, chunk), own_digits=True) if fit else None
 
@@ -210,21 +210,19 @@ def _room(problem: Problem, partial_sums: int) -> int:
 
 
 def _own_digits(problem: Problem, plan: DecodePlan) -> float:
-    """Microseconds that passes over x by every program take more than a launch before, on an H200."""
-    if not plan.own_digits:
-        return 0.0
+    """Microseconds that passes over x by every program take, on an H200."""
     waves = 1 if plan.persistent else math.ceil(plan.programs(problem) * plan.split / problem.multiprocessors)
-    return 0.2 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n) - 0.8
+    return 0.2 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n)
 
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
     for warps, depth, chunk, max_registers in _WIDE[problem.bits]:
         if depth == 8 and problem.M <= 8 and problem.subgroups == 1:
             max_registers = 128  # four programs of four warps
-        # two products take more registers, and so does the bias where no partial sums meet
-        splits = _SPLITS if max_registers in (None, 128) else _SPLITS[1:] if problem.subgroups == 1 else ()
-        for split in splits:
-            if split <= problem.steps:
+        for split in _SPLITS:
+            # two products take more registers, and so does the bias where no partial sums meet
+            fits = max_registers in (None, 128) or (problem.subgroups == 1 and split > 1)
+            if fits and split <= problem.steps:
                 yield WidePlan(warps, depth, chunk, split, max_registers)
 
 
@@ -337,23 +335,13 @@ def _transposed_microseconds(problem: Problem, plan: TransposedPlan | Dequantize
 
 
 def microseconds(problem: Problem, plan: FusedPlan) -> float:
-    """Estimate, on an H200: 4.6 TB/s, and cycles of a warp for a strip and step as measured at 1.7 GHz."""
-    order = 2.0 + 256e-6 * problem.M * problem.steps if problem.ordered else 0.0  # by a launch before
-    if isinstance(plan, LargePlan):
-        return _large_microseconds(problem, plan) + order
+    """Estimate, on an H200: terabytes a second, and cycles of a warp for a strip and step as measured at 1.7 GHz."""
     if isinstance(plan, (DecodePlan, WidePlan)):
         return _few_microseconds(problem, plan)
-    cycles = 190 + 5 * plan.block_m + 58 * (problem.subgroups - 1)
-    blocks_m = -(-problem.M // plan.block_m)
-    programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
-    slots = {16: 4, 32: 3}.get(plan.block_m, 2) * problem.multiprocessors
-    waves = -(-programs // slots)
-    at_once = slots if waves == 1 else problem.multiprocessors  # a slot that is free is taken at once
-    work = problem.strips * problem.steps * -(-programs // at_once) * at_once / programs
-    arrival = work * 256 * problem.bits / 4.3e6
-    arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
-    meeting = 0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split
-    return max(arrival, arithmetic) + 4.0 * waves + order + meeting
+    order = 2.0 + 256e-6 * problem.M * problem.steps if problem.ordered else 0.0  # by a launch before
+    if isinstance(plan, LargePlan):
+        return order + _large_microseconds(problem, plan)
+    return order + _matmul_microseconds(problem, plan)
 
 
 def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
@@ -365,18 +353,22 @@ def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
     over_n, split = plan.grid(problem)
     programs = over_n * split
     tiles = -(-problem.strips // plan.strips_of_program)
+    of_program, parts = 1.0, split  # tiles one after another, programs that share one
+    digits = 0.3 + 16e-6 * problem.M * problem.steps  # by a launch before
     if isinstance(plan, DecodePlan):
-        warps, rounds, of_program, parts = plan.warps_n * plan.warps_k, plan.rounds(problem), 1.0, split
+        rounds, strips, filling = plan.rounds(problem), plan.strips, 2.4
+        latency, cycles = 360 * plan.strips**0.7, 50 + 57 * plan.tiles
+        groups = 1 + 30 * plan.tiles * more / cycles if plan.in_turn else 1.3 if more else 1.0
         if plan.even:
             of_program, parts = 1 + tiles / programs, 1 + -(-programs // tiles)
         elif plan.persistent:
             of_program = -(-tiles // programs)
             rounds *= of_program
-        strips, filling, latency, cycles = plan.strips, 2.4, 360 * plan.strips**0.7, 50 + 57 * plan.tiles
-        groups = 1 + 30 * plan.tiles * more / cycles if plan.in_turn else 1.3 if more else 1.0
+        if plan.own_digits:
+            digits = 0.6 * _own_digits(problem, plan)
     else:
-        warps, rounds, of_program, parts = plan.warps, -(-problem.steps // split), 1.0, split
-        strips, filling, latency, cycles = 1, 2.7, 345, {8: 124, 16: 150}[plan.rows(problem)]
+        rounds, strips, filling = -(-problem.steps // split), 1, 2.7
+        latency, cycles = 345, {8: 124, 16: 150}[plan.rows(problem)]
         groups = 1 + 0.4 * more
     groups *= {2: 0.9, 3: 1.06}.get(problem.bits, 1.0)
     each = -(-programs // problem.multiprocessors)  # programs of a multiprocessor
@@ -384,11 +376,7 @@ def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
     arrival = problem.strips * problem.steps * (256 * problem.bits + 64 * problem.subgroups) / 4.6e6
     latency = groups * latency + 530 / min(plan.depth, rounds)  # cycles of a round: its own, and until its words arrive
     chain = -(-each // resident) * (filling + rounds * latency / 1.7e3)
-    arithmetic = each * rounds * warps * strips * groups * cycles / (4 * 1.7e3)
-    if isinstance(plan, DecodePlan) and plan.own_digits:
-        digits = 0.6 * max(0.0, _own_digits(problem, plan) + 0.8)
-    else:
-        digits = 0.3 + 16e-6 * problem.M * problem.steps
+    arithmetic = each * rounds * plan.warps * strips * groups * cycles / (4 * 1.7e3)
     meeting = 1.6 + 0.02 * parts if parts > 1 else 0.0
     alone = 0.5 if resident == 1 else 0.0  # the next launch finds no room
     together = (arrival**3 + chain**3 + arithmetic**3) ** (1 / 3)
@@ -399,18 +387,30 @@ def _resident(problem: Problem, plan: DecodePlan | WidePlan) -> int:
     """Programs that a multiprocessor has room for, by the registers that ptxas takes, and shared memory."""
     words = plan.depth * (2 * problem.bits + 2)  # in flight, of a strip
     if isinstance(plan, DecodePlan):
-        warps = plan.warps_n * plan.warps_k
         most = 40 if plan.even else 80 if plan.own_digits and problem.M == 1 else 72
         registers = 224 if plan.tiles > 2 else 168 if plan.strips * words > most else 128
         digits = plan.chunk * plan.warps_k * plan.tiles * (_DIGIT_BYTES + _SUM_BYTES)
-        shared = digits * (2 - plan.own_digits) + 256 * plan.tiles * plan.strips * warps
+        shared = digits * (2 - plan.own_digits) + 256 * plan.tiles * plan.strips * plan.warps
     else:
-        warps, sixteen = plan.warps, plan.rows(problem) == 16
+        sixteen = plan.rows(problem) == 16
         registers = 168 if words > (40 if sixteen else 72) else 128 if words > (20 if sixteen else 40) else 96
         registers = plan.max_registers or registers  # ptxas takes what it may
-        shared = 2 * plan.chunk * plan.rows(problem) * 264
-    room = _SHARED_MEMORY.get(problem.capability, 99) * 1024
-    return max(1, min(2048 // (warps * registers), room // (shared + 1024)))
+        shared = 2 * plan.chunk * plan.rows(problem) * 264  # digits, unit and sum of a row
+    return max(1, min(2048 // (plan.warps * registers), _room(problem, 0) // (shared + 1024)))
+
+
+def _matmul_microseconds(problem: Problem, plan: MatmulPlan) -> float:
+    cycles = 190 + 5 * plan.block_m + 58 * (problem.subgroups - 1)
+    blocks_m = -(-problem.M // plan.block_m)
+    programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
+    slots = {16: 4, 32: 3}.get(plan.block_m, 2) * problem.multiprocessors
+    waves = -(-programs // slots)
+    at_once = slots if waves == 1 else problem.multiprocessors  # a slot that is free is taken at once
+    work = problem.strips * problem.steps * -(-programs // at_once) * at_once / programs
+    arrival = work * 256 * problem.bits / 4.3e6
+    arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
+    meeting = 0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split
+    return max(arrival, arithmetic) + 4.0 * waves + meeting
 
 
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:

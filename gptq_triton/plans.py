@@ -83,6 +83,11 @@ class DecodePlan:
     in_turn: bool = False  # groups of a step have products of their own, not columns: a tile keeps its four rows
 
     @property
+    def warps(self) -> int:
+        """Of a program."""
+        return self.warps_n * self.warps_k
+
+    @property
     def strips_of_program(self) -> int:
         """Strips that a program owns at a time."""
         return self.strips * self.warps_n

@@ -290,11 +290,6 @@ def constants(
     }  # fmt: skip
 
 
-def launch_options(warps: int, max_registers: int | None, pdl: bool) -> dict:
-    """Of the kernel's launch."""
-    return {"num_warps": warps, "launch_pdl": pdl} | ({"maxnreg": max_registers} if max_registers else {})
-
-
 def prepare_wide(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     rows: int, warps: int, depth: int, chunk: int, split: int, max_registers: int | None, pdl: bool,
@@ -324,7 +319,8 @@ def prepare_wide(
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     digits_box = described(torch.int8, [chunk * 2 * rows, 128], DIGITS_LAYOUT.value)
     pointers = (digits_box, *[torch.int32] * 3, bias, dtype, *meeting)
-    run = prepare(wide_kernel, device, pointers, 5, names, **launch_options(warps, max_registers, pdl))
+    options = {"num_warps": warps, "maxnreg": max_registers, "launch_pdl": pdl}
+    run = prepare(wide_kernel, device, pointers, 5, names, **options)
 
     def launch(
         programs: int, split: int, stream: int, x: None, digits: int, sums: int, words: int, meta: int,

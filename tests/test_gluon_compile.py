@@ -78,9 +78,9 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     }
     integers = ("M", "N", "K", "steps", "strips", "stride_xm", "stride_ym")
     if isinstance(plan, WidePlan):
-        options = wide.launch_options(plan.warps, plan.max_registers, pdl)
+        options = {"num_warps": plan.warps, "maxnreg": plan.max_registers, "launch_pdl": pdl}
         return compiled(wide.wide_kernel, pointers, integers, constants, problem.arch, **options)
-    options = {"num_warps": plan.warps_n * plan.warps_k, "launch_pdl": pdl}
+    options = {"num_warps": plan.warps, "launch_pdl": pdl}
     return compiled(decode.decode_kernel, pointers, integers, constants, problem.arch, **options)
 
 

@@ -1,10 +1,11 @@
-"""Models as data: the linear layers of one decoder block, siblings merged as a server runs them.
+"""Models as data: the linear layers of one decoder block, siblings merged as a server runs them, or as files hold them.
 
 Sizes are those of each model's config.json: hidden, intermediate, query heads, key-value heads, head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 MODELS = {
@@ -38,10 +39,20 @@ def layers(model: str) -> dict[str, Shape]:
     }
 
 
-def shapes() -> dict[Shape, list[str]]:
+def siblings(model: str) -> dict[str, Shape]:
+    """The layers of a block that `layers` has merged: q, k (as v is), gate (as up is)."""
+    hidden, intermediate, heads, kv_heads, head = MODELS[model]
+    return {
+        "q": Shape(heads * head, hidden),
+        "k": Shape(kv_heads * head, hidden),
+        "gate": Shape(intermediate, hidden),
+    }
+
+
+def shapes(of: Callable[[str], dict[str, Shape]] = layers) -> dict[Shape, list[str]]:
     """Every distinct shape, largest first, with the layers that have it."""
     found: dict[Shape, list[str]] = {}
     for model in MODELS:
-        for name, shape in layers(model).items():
+        for name, shape in of(model).items():
             found.setdefault(shape, []).append(f"{model} {name}")
     return dict(sorted(found.items(), key=lambda item: -item[0].N * item[0].K))

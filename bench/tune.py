@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from ahead import Job, compile_plans
-from shapes import shapes
+from shapes import shapes, siblings
 
 from gptq_triton import dispatch, product, tables
 from gptq_triton.atomic import atomic_write
@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     start = time.monotonic()
-    wanted = [shape for shape in shapes() if options.only is None or str(shape) in options.only]
+    known = {**shapes(), **shapes(siblings)}
+    wanted = [shape for shape in known if options.only is None or str(shape) in options.only]
     cases = [
         (N, K, bits, group, options.act_order) for group in options.groups for bits in options.bits for N, K in wanted
     ]

@@ -134,7 +134,7 @@ _DECODE = {
 _PLAIN = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None), (8, 8, 8, None), (4, 8, 8, None)
 _WIDE = {
     2: ((4, 4, 4, 112), *_PLAIN),
-    3: _PLAIN,
+    3: ((4, 4, 4, 120), *_PLAIN),
     4: ((4, 4, 4, 120), *_PLAIN),
     8: ((4, 2, 4, 112), (4, 2, 4, None), (8, 2, 4, None), (16, 2, 4, None), (8, 4, 8, None), (4, 4, 4, None)),
 }
@@ -217,9 +217,11 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
 
 def _wide(problem: Problem) -> Iterator[WidePlan]:
     for warps, depth, chunk, max_registers in _WIDE[problem.bits]:
+        if depth == 8 and problem.M <= 8 and problem.subgroups == 1:
+            max_registers = 128  # four programs of four warps
         for split in _SPLITS:
             # two products take more registers, and so does the bias where no partial sums meet
-            fits = max_registers is None or (problem.subgroups == 1 and split > 1)
+            fits = max_registers in (None, 128) or (problem.subgroups == 1 and split > 1)
             if fits and split <= problem.steps:
                 yield WidePlan(warps, depth, chunk, split, max_registers)
 

@@ -27,7 +27,7 @@ import tables
 import targets
 import weights
 from cases import SUITES, Case, Ceilings, only
-from shapes import shapes
+from shapes import MODELS, layers, shapes, siblings
 
 CEILINGS = Ceilings(4500.0, {"float16": 750.0, "bfloat16": 750.0})
 SMALL = Case("matmul", 4, 96, 160, 4, group_size=64)
@@ -46,6 +46,14 @@ def test_shapes_are_those_of_the_models():
     assert "Llama-3.1-70B down" in found[8192, 28672]
     assert found[4096, 4096] == ["Llama-3.1-8B o", "Qwen3-8B o", "Mistral-7B o"]
     assert all(K % 32 == 0 for _, K in found), "a word stream would end inside a word"
+
+
+def test_merged_layers_are_as_wide_as_their_siblings():
+    for model in MODELS:
+        merged, parts = layers(model), siblings(model)
+        assert merged["qkv"].N == parts["q"].N + 2 * parts["k"].N
+        assert merged["gate_up"].N == 2 * parts["gate"].N
+        assert {part.K for part in parts.values()} == {merged["qkv"].K}
 
 
 def test_floor_counts_every_byte_once():

@@ -20,10 +20,10 @@ from .plans import (
     MatmulPlan,
     Plan,
     Problem,
+    Shares,
     TransposedPlan,
     WidePlan,
     groups_of_step,
-    shared_evenly,
 )
 
 ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
@@ -257,15 +257,14 @@ _LARGE_STEP = {
     (128, 2, 1): 0.83,
     (256, 2, 1): 1.6,
 }
-_APART = 1.04  # how much longer steps take of programs that are at several k at a time
-# bytes of x up to which programs that are at several k at a time find it in a cache
-_SHARED_X = 16 << 20
+# how much longer steps take of programs that are at many k at a time; and where x, of so many bytes, leaves the cache
+_APART, _FAR_APART, _SHARED_X = 1.04, 1.2, 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
     for block_m, groups, resident in _LARGE:
-        if block_m < min(problem.M, 256) / 3 or 16 < block_m >= 2 * problem.M:
-            continue  # tiles that take turns, or are mostly empty
+        if 16 < block_m >= 2 * problem.M:
+            continue  # tiles that are mostly empty
         rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * problem.subgroups)
         room = _SHARED_MEMORY[90] * 1024 // resident - 2048
@@ -274,14 +273,12 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         if stages < 2:
             continue
         whole = LargePlan(block_m, groups, stages, 1, resident)
-        most = max(1, resident * problem.multiprocessors // whole.tiles(problem))  # equal parts of a tile
+        tiles, programs = whole.tiles(problem), resident * problem.multiprocessors
+        if block_m < min(problem.M, 256) / 3 and (block_m < 32 or tiles > programs):
+            continue  # tiles that take turns
+        most = programs // (tiles % programs or programs)  # equal parts of a tile
         splits = [split for split in sorted({*_SPLITS, most}) if split <= problem.steps]
         plans = [replace(whole, split=split) for split in splits]
-        if (
-            plans[0].tiles(problem) >= resident * problem.multiprocessors
-            and 256 * problem.M * problem.steps > _SHARED_X
-        ):
-            plans = plans[:1]
         yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
 
@@ -295,16 +292,11 @@ def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
     stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * block_m - 1024) // stage)
     unit = 4 if problem.bits == 3 else 8  # eight stages of 3 bits take more registers than there are
     tiles, units = _cut(problem, block_m, unit)
-    programs = min(problem.multiprocessors, tiles * units)
-    programs, streamed = shared_evenly(tiles, programs)
-    # too little to share, or nothing; or two to four rounds with the last nearly full, which measured faster alone
-    if (
-        streamed * units < programs
-        or streamed == programs
-        or (programs < tiles < 4 * programs and tiles % programs > 0.85 * programs)
-    ):
-        programs, streamed = min(programs, tiles), 0
-    return TransposedPlan(block_m, stages, unit, 8, programs, streamed)
+    most = problem.multiprocessors
+    # the last cuts tiles anywhere
+    splits = range(1, min(units, most // (tiles % most or most) + 1) + 1)
+    plans = [TransposedPlan(block_m, stages, unit, 8, Shares.of(tiles, split, most)) for split in splits]
+    return min(plans, key=lambda plan: _cycles(problem, plan))
 
 
 def transposed_tiles(problem: Problem) -> TransposedPlan:
@@ -320,10 +312,9 @@ def _cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:
 def _cycles(problem: Problem, plan: TransposedPlan) -> float:
     """Estimate: of the busiest program."""
     tiles, units = _cut(problem, plan.block_m, plan.unit)
-    whole = -(-(tiles - plan.streamed) // plan.programs)
-    shared = plan.streamed / plan.programs
-    meeting = 25 * plan.block_m * -(-plan.programs // plan.streamed) if plan.streamed else 0
-    return (whole + shared) * (units * plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m] + 10 * plan.block_m) + meeting
+    busiest = plan.shares.busiest(tiles, units) * _apart(plan.shares, 32 * problem.M * problem.strips)
+    cycles = plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m]
+    return busiest * (cycles + 10 * plan.block_m / units) + 25 * plan.block_m * plan.shares.parts
 
 
 def _transposed_microseconds(problem: Problem, plan: TransposedPlan | DequantizePlan) -> float:
@@ -414,11 +405,15 @@ def _matmul_microseconds(problem: Problem, plan: MatmulPlan) -> float:
 
 
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
-    programs, streamed = plan.shares(problem)
-    arrival = programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
-    step = max(_LARGE_STEP[plan.block_m, plan.groups, -(-programs // problem.multiprocessors)], arrival)
-    tiles = -(-(plan.tiles(problem) - streamed) // programs)
-    steps = tiles * problem.steps + -(-streamed * problem.steps // programs)
-    parts = max(2, -(-programs // streamed)) if streamed else 0  # of a tile
-    apart = _APART if streamed and programs % streamed else 1.0
-    return 1.0 + steps * step * apart + parts * (0.35 + 0.0065 * plan.block_m)
+    shares = plan.shares(problem)
+    arrival = shares.programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
+    step = max(_LARGE_STEP[plan.block_m, plan.groups, -(-shares.programs // problem.multiprocessors)], arrival)
+    steps = shares.busiest(plan.tiles(problem), problem.steps) * _apart(shares, 256 * problem.M * problem.steps)
+    return 1.0 + steps * step + shares.parts * (0.35 + 0.0065 * plan.block_m)
+
+
+def _apart(shares: Shares, nbytes: int) -> float:
+    """How much longer steps take because programs are at many places of x, of so many bytes, at a time."""
+    if shares.even:
+        return 1.0
+    return _APART if nbytes <= _SHARED_X else _FAR_APART

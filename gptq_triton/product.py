@@ -276,7 +276,7 @@ def _matmul(
 
 
 def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -> Launch:
-    programs, streamed = plan.shares(problem)
+    shares = plan.shares(problem)
     multiply = _kernels("large").prepare_large(
         device,
         problem.dtype,
@@ -286,11 +286,11 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
         groups=plan.groups,
         stages=plan.stages,
         resident=plan.resident,
-        shares=streamed > 0,
+        shares=shares.streamed > 0,
         pdl=True,
     )
     M, K, N = problem.M, operands.K, operands.N
-    sums = programs * 64 * plan.groups * plan.block_m
+    sums = shares.sharing * 64 * plan.groups * plan.block_m
     scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
@@ -298,9 +298,9 @@ def _large(problem: Problem, plan: LargePlan, operands: Operands, device: int) -
         x = _in_order(problem, x.view(M, K) if x.dim() != 2 else x, weight)
         with scratch.lock:
             workspace = counters = None
-            if streamed:
-                workspace, counters = scratch.tensors(stream, sums, streamed * plan.groups)
-            multiply(programs, streamed, stream, x, weight.words, weight.meta, y.view(M, N), bias, workspace, counters)
+            if shares.streamed:
+                workspace, counters = scratch.tensors(stream, sums, shares.streamed * plan.groups)
+            multiply(shares, stream, x, weight.words, weight.meta, y.view(M, N), bias, workspace, counters)
 
     return launch
 
@@ -367,12 +367,12 @@ def _by_tiles(plan: TransposedPlan, problem: Problem, dy: Tensor, weight: TiledW
         unit=plan.unit,
         group_m=plan.group_m,
     )
-    sums = plan.programs * STEP * plan.block_m if plan.streamed else 0
+    sums = plan.shares.sharing * STEP * plan.block_m if plan.shares.streamed else 0
     stream = torch._C._cuda_getCurrentRawStream(device)
     scratch = scratch_of(device)
     with scratch.lock:
-        memory, counters = scratch.get(stream, sums, 2 * plan.streamed)
-        multiply(plan.programs, plan.streamed, stream, dy, weight.words, weight.meta, dx, memory, counters)
+        memory, counters = scratch.get(stream, sums, 2 * plan.shares.streamed)
+        multiply(plan.shares, stream, dy, weight.words, weight.meta, dx, memory, counters)
     return dx
 
 

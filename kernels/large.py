@@ -7,9 +7,9 @@ columns into a ring in shared memory, words, meta and x, by the tensor copy engi
 W for a tile of y: it turns words into weights in its registers, a quarter of a step at a time, which are the A operand
 of ``wgmma``, with x in shared memory as the B operand; while its products run, the other groups unpack.
 
-Programs are as many as can run at once, and take tile after tile. Tiles that they cannot share evenly, the *streamed*
-ones, are cut in ranges of k: the program that begins a tile waits for the partial sums of those that go on with it, all
-of which were started before it, and adds them in their order.
+Programs are as many as can run at once, and take tile after tile. Tiles that do not come out even, the *streamed* ones,
+are cut in ranges of k for all programs or some: the program that begins a tile waits for the partial sums of those that
+go on with it, all of which were started before it, and adds them in their order.
 
 Dispatch picks it above the rows that decode kernels are for, for scales of 16 bits. Weights are rounded to the dtype of
 x, as a dense weight would be. Source: this project.
@@ -40,10 +40,11 @@ from .warpgroups import (
     FLAT_LAYOUT,
     ROWS_LAYOUT,
     described,
+    extent,
+    first_tile,
     meet,
+    next_tile,
     offsets,
-    piece,
-    pieces,
     place,
     sums_layout,
 )
@@ -92,6 +93,16 @@ class Tiles(Form):
 
 
 @gluon.jit
+def _cut(shares, steps, C: gl.constexpr):
+    """Who has which tiles."""
+    sharing, streamed = shares
+    programs = gl.num_programs(0)
+    if C.shares:
+        return programs, sharing, streamed, steps
+    return programs, programs, 0, steps  # fewer divisions
+
+
+@gluon.jit
 def _copy_weight(sources, ring, stage, tile_n, step, C: gl.constexpr):
     """Words and meta of a step, and how much the step is in all."""
     words, rest, meta = sources
@@ -117,18 +128,17 @@ def _copy_x(x, ring, stage, tile_m, step, C: gl.constexpr):
 
 
 @gluon.jit
-def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
+def _copy(x, sources, ring, M, N, shares, steps, C: gl.constexpr):
     """The copying warp."""
     empty = ring[5]
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
-    programs = gl.num_programs(0)
-    p = programs - 1 - gl.program_id(0)
-    if not C.shares:
-        streamed = 0  # fewer divisions
+    p = gl.num_programs(0) - 1 - gl.program_id(0)
+    cut = _cut(shares, steps, C)
 
     # The weight does not depend on kernels before: as much of it as the ring holds sets out at once
-    tile, start, stop = piece(0, p, programs, streamed, steps)
+    tile = first_tile(p, cut)
+    start, stop = extent(tile, p, cut)
     tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
     ahead = gl.minimum(stop - start, C.stages)
     for i in range(ahead):
@@ -141,11 +151,10 @@ def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
 
     stage = ahead % C.stages
     phase = 1 - ahead // C.stages
-    for i in range(pieces(p, programs, streamed, tiles_m * tiles_n, steps)):
-        tile, start, stop = piece(i, p, programs, streamed, steps)
+    while tile < tiles_m * tiles_n:
+        start, stop = extent(tile, p, cut)
         tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
-        done = gl.where(i == 0, ahead, 0)
-        for step in range(start + done, stop):
+        for step in range(start + ahead, stop):
             mbarrier.wait(empty.index(stage), phase)
             _copy_weight(sources, ring, stage, tile_n, step, C)
             _copy_x(x, ring, stage, tile_m, step, C)
@@ -153,6 +162,8 @@ def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
             if stage == C.stages:
                 stage = 0
                 phase ^= 1
+        ahead = 0
+        tile = next_tile(tile, p, cut)
 
 
 @gluon.jit
@@ -191,7 +202,7 @@ def _halves(y, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C: gl.constexpr):
+def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C: gl.constexpr):
     """A multiplying group."""
     workspace_ptr, counters_ptr = meeting
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
@@ -199,16 +210,15 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
     SHIFT: gl.constexpr = group * UNROLL // C.groups  # groups wait in turns
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
-    programs = gl.num_programs(0)
-    p = programs - 1 - gl.program_id(0)
-    if not C.shares:
-        streamed = 0  # fewer divisions
+    p = gl.num_programs(0) - 1 - gl.program_id(0)
+    cut = _cut(shares, steps, C)
     stage = 0
     phase = 0
     mine = ys.index(group)
-    for i in range(pieces(p, programs, streamed, tiles_m * tiles_n, steps)):
-        # Which tile is mine
-        tile, start, stop = piece(i, p, programs, streamed, steps)
+    tile = first_tile(p, cut)
+    while tile < tiles_m * tiles_n:
+        # Which part of the tile is mine
+        start, stop = extent(tile, p, cut)
         tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
         first_n = (tile_n * C.groups + group) * 16 * STRIPS
 
@@ -228,9 +238,8 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
         if C.shares:
             offs = offsets(C.block_m, C.sums_layout)
             acc = meet(
-                acc, group, tile, p, start, stop, programs, streamed, steps, workspace_ptr, counters_ptr, offs,
-                C.groups, mma, C.sums_layout,
-            )  # fmt: skip
+                acc, group, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, C.groups, mma, C.sums_layout
+            )
 
         # Store
         if start == 0:
@@ -246,12 +255,13 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
                 fence_async_shared()
                 barrier()
                 tma.async_copy_shared_to_global(y, [tile_m * C.block_m + part * C.out_m, first_n], mine)
+        tile = next_tile(tile, p, cut)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "steps", "streamed"], do_not_specialize_on_alignment=["bias_ptr"])
+@gluon.jit(do_not_specialize=["M", "N", "steps", "sharing", "streamed"], do_not_specialize_on_alignment=["bias_ptr"])
 def large_kernel(
-    x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr, M, N, steps, streamed, C: gl.constexpr
+    x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr, M, N, steps, sharing, streamed, C: gl.constexpr
 ):
     """As many programs as there are multiprocessors, or units of work if these are fewer."""
     xs = gl.allocate_shared_memory(C.half, [2 * C.stages, C.block_m, 64], ROWS_LAYOUT)
@@ -269,20 +279,21 @@ def large_kernel(
     sources = (words, rest, meta)
     ring = (xs, ws, rs, ms, full, empty)
     meeting = (workspace_ptr, counters_ptr)
+    shares = (sharing, streamed)
     if C.groups == 2:
         gl.warp_specialize(
-            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_copy, (x, sources, ring, M, N, steps, streamed, C))],
+            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
+             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
+             (_copy, (x, sources, ring, M, N, shares, steps, C))],
             [4, 1], [C.registers, C.copying_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
-            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_multiply, (3, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_copy, (x, sources, ring, M, N, steps, streamed, C))],
+            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
+             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
+             (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
+             (_multiply, (3, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
+             (_copy, (x, sources, ring, M, N, shares, steps, C))],
             [4, 4, 4, 1], [C.registers, C.registers, C.registers, C.copying_registers],
         )  # fmt: skip
 
@@ -308,11 +319,11 @@ def prepare_large(
         pdl: Programmatic dependent launch.
 
     Returns:
-        ``launch(programs, streamed, stream, x, words, meta, y, bias, workspace, counters)``: x (M, K) and y (M, N) with
-        rows that start at multiples of 16 bytes, words int32 (strips, steps, 64 * bits), meta int32 (groups of columns,
-        16 * strips), a bias (N,) or its absence; of the workspace, 64 * groups * block_m float32 a program; of
-        counters, ``groups`` a streamed tile, zero before and after; both None if no tile is shared. Unless no tile is
-        streamed, the streamed ones have at least as many steps as there are programs.
+        ``launch(shares, stream, x, words, meta, y, bias, workspace, counters)``: a `plans.Shares` of y; x (M, K) and
+        y (M, N) with rows that start at multiples of 16 bytes, words int32 (strips, steps, 64 * bits), meta int32
+        (groups of columns, 16 * strips), a bias (N,) or its absence; of the workspace, 64 * groups * block_m float32 a
+        program that shares tiles; of counters, ``groups`` a streamed tile, zero before and after; both None if no tile
+        is shared.
     """
     C = Tiles(
         bits,
@@ -341,14 +352,15 @@ def prepare_large(
     run = prepare(large_kernel, device, (*boxes, bias, *meeting), 4, {"C": C}, **options)
 
     def launch(
-        programs: int, streamed: int, stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor,
+        shares: tuple[int, int, int], stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor,
         bias: Tensor | None, workspace: Tensor | None, counters: Tensor | None,
     ) -> None:  # fmt: skip
+        programs, sharing, streamed = shares
         words_map = Map.of(words.view(len(words), -1))
         addresses = [None if t is None else t.data_ptr() for t in (bias, workspace, counters)]
         run(
             programs, 1, stream, Map.of(x), words_map, words_map, Map.of(meta), Map.of(y), *addresses,
-            *y.shape, words.shape[1], streamed,
+            *y.shape, words.shape[1], sharing, streamed,
         )  # fmt: skip
 
     return launch

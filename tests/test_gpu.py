@@ -18,6 +18,7 @@ from gptq_triton.hessian import Hessian
 from gptq_triton.layout import tile_weight
 from gptq_triton.linear import QuantLinear
 from gptq_triton.packing import PackedWeight
+from gptq_triton.plans import Shares
 from gptq_triton.scratch import scratch_of
 from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import BITS, QuantSpec
@@ -308,10 +309,11 @@ def test_programs_share_the_tiles_of_gradients(bits, dtype, scales, group_size, 
         for rows in dispatch._TRANSPOSED_CYCLES:
             plan = dispatch.transposed_plan(problem, rows)
             tiles, units = -(-M // rows) * tiled.steps, -(-tiled.strips // (4 * plan.unit))
-            # as dispatch has it; nothing shared; everything shared, by few and by as many as can be
-            shares = [(7, 0), (7, tiles), (min(132, tiles * units), tiles)]
-            for programs, streamed in [(plan.programs, plan.streamed), *shares]:
-                chosen = replace(plan, programs=programs, streamed=streamed)
+            # as dispatch has it; nothing shared; everything shared, by few and by as many as can be; by some
+            everything, some = min(132, tiles * units), min(tiles, 3)
+            cuts = [(7, 7, 0), (7, 7, tiles), (everything, everything, tiles), (8, 2 * some, some)]
+            for shares in [plan.shares, *(Shares(*cut) for cut in cuts)]:
+                chosen = replace(plan, shares=shares)
                 monkeypatch.setattr(dispatch, "choose_transposed", lambda *_, chosen=chosen, **__: chosen)
                 dx = ops.matmul_transposed(dy, tiled)
                 assert_close(dx, dy, weight, transposed=True)

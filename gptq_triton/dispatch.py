@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -30,6 +30,7 @@ ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row out
 ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits; fewer where a step has several groups
 # beyond, without the kernel for many rows, W as floats pays off: on an H200 between 128 (4096 x 4096) and 400 rows
 ROWS_OF_MATMUL = 192
+ROWS_OF_FLOATS = 256  # up to which W as floats never pays off where there is the kernel for many rows
 ROWS_OF_TRANSPOSED = 64  # of dy: below, W as floats is faster
 SLAB_BYTES = 256 << 20  # of W as floats at a time
 
@@ -54,7 +55,10 @@ def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
         plan = min(plans, key=lambda plan: microseconds(most, plan))
         fits = isinstance(plan, DecodePlan) and plan.rows_of_tile(problem) >= problem.M
         return replace(plan, tiles=1) if fits else plan
-    return min(candidates(problem), key=lambda plan: microseconds(problem, plan))
+    choice: list[Plan] = [*candidates(problem)]
+    if problem.M > ROWS_OF_FLOATS:
+        choice.append(_dequantize(problem))
+    return min(choice, key=lambda plan: microseconds(problem, plan))
 
 
 @functools.lru_cache(1024)
@@ -130,13 +134,24 @@ _DECODE = {
     },
     4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
-# (warps, depth, chunk, registers). Fewer registers leave room for the digits' programs of the next launch
-_PLAIN = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None), (8, 8, 8, None), (4, 8, 8, None)
+# (warps, depth, chunk, registers) by rows of x and width. Fewer registers leave room for the digits' programs of the
+# next launch; some kernels take a few more than 128 for groups of 256 columns and more, unless they are held
+_SHALLOW = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None)
+_DEEP = (8, 8, 8, 128), (4, 8, 8, 128)
+_EIGHT = (4, 2, 4, 112), (4, 2, 4, None), (8, 2, 4, None), (16, 2, 4, None), (8, 4, 8, None), (4, 4, 4, None)
 _WIDE = {
-    2: ((4, 4, 4, 112), *_PLAIN),
-    3: ((4, 4, 4, 120), *_PLAIN),
-    4: ((4, 4, 4, 120), *_PLAIN),
-    8: ((4, 2, 4, 112), (4, 2, 4, None), (8, 2, 4, None), (16, 2, 4, None), (8, 4, 8, None), (4, 4, 4, None)),
+    8: {
+        2: ((4, 4, 4, 112), *_SHALLOW, *_DEEP),
+        3: ((4, 4, 4, 120), *_SHALLOW, *_DEEP),
+        4: ((4, 4, 4, 120), *_SHALLOW, *_DEEP),
+        8: _EIGHT,
+    },
+    16: {
+        2: ((4, 4, 4, 112), *_SHALLOW, *_DEEP),
+        3: ((4, 4, 4, 120), (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, 128), (8, 8, 8, None), (4, 8, 8, None)),
+        4: ((4, 4, 4, 120), *_SHALLOW, (8, 8, 8, None), (4, 8, 8, None)),
+        8: _EIGHT,
+    },
 }
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
@@ -215,15 +230,15 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
     return 0.2 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n)
 
 
-def _wide(problem: Problem) -> Iterator[WidePlan]:
-    for warps, depth, chunk, max_registers in _WIDE[problem.bits]:
-        if depth == 8 and problem.M <= 8 and problem.subgroups == 1:
-            max_registers = 128  # four programs of four warps
+def _wide(problem: Problem) -> Iterable[WidePlan]:
+    plans = {}
+    for warps, depth, chunk, registers in _WIDE[8 if problem.M <= 8 else 16][problem.bits]:
         for split in _SPLITS:
             # two products take more registers, and so does the bias where no partial sums meet
-            fits = max_registers in (None, 128) or (problem.subgroups == 1 and split > 1)
-            if fits and split <= problem.steps:
-                yield WidePlan(warps, depth, chunk, split, max_registers)
+            held = problem.subgroups == 1 and (split > 1 or depth == 8)
+            if split <= problem.steps:
+                plans[WidePlan(warps, depth, chunk, split, registers if held else None)] = None
+    return plans
 
 
 def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
@@ -252,13 +267,14 @@ _LARGE_STEP = {
     (32, 2, 2): 0.68,
     (32, 4, 1): 0.72,
     (64, 2, 1): 0.54,
-    (64, 2, 2): 0.93,
-    (64, 4, 1): 0.93,
+    (64, 2, 2): 1.0,
+    (64, 4, 1): 0.98,
     (128, 2, 1): 0.83,
-    (256, 2, 1): 1.6,
+    (256, 2, 1): 1.57,
 }
+_EIGHT_BITS = 0.09  # more for a step
 # how much longer steps take of programs that are at many k at a time; and where x, of so many bytes, leaves the cache
-_APART, _FAR_APART, _SHARED_X = 1.04, 1.2, 16 << 20
+_APART, _FAR_APART, _SHARED_X = 1.08, 1.25, 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
@@ -318,20 +334,27 @@ def _cycles(problem: Problem, plan: TransposedPlan) -> float:
 
 
 def _transposed_microseconds(problem: Problem, plan: TransposedPlan | DequantizePlan) -> float:
-    """Estimate, on an H200: the kernel; or W as floats, then the vendor's product, which pays off for small layers."""
+    """Estimate, on an H200."""
     if isinstance(plan, TransposedPlan):
         return 2 + 1.15 * _cycles(problem, plan) / 1.7e3
+    return _floats_microseconds(problem, 16 * problem.strips)
+
+
+def _floats_microseconds(problem: Problem, terms: int) -> float:
+    """W as floats, then the vendor's product, of so many terms a sum, which pays off for small layers."""
     weights = problem.strips * 16 * problem.steps * 128
-    return 3.7 + 0.8e-6 * weights + max(0.024 * problem.strips, 2 * problem.M * weights / 680e6)
+    return 3.7 + 0.8e-6 * weights + max(1.5e-3 * terms, 2 * problem.M * weights / 680e6)
 
 
-def microseconds(problem: Problem, plan: FusedPlan) -> float:
+def microseconds(problem: Problem, plan: Plan) -> float:
     """Estimate, on an H200: terabytes a second, and cycles of a warp for a strip and step as measured at 1.7 GHz."""
     if isinstance(plan, (DecodePlan, WidePlan)):
         return _few_microseconds(problem, plan)
     order = 2.0 + 256e-6 * problem.M * problem.steps if problem.ordered else 0.0  # by a launch before
     if isinstance(plan, LargePlan):
         return order + _large_microseconds(problem, plan)
+    if isinstance(plan, DequantizePlan):
+        return order + _floats_microseconds(problem, 128 * problem.steps)
     return order + _matmul_microseconds(problem, plan)
 
 
@@ -407,7 +430,8 @@ def _matmul_microseconds(problem: Problem, plan: MatmulPlan) -> float:
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     shares = plan.shares(problem)
     arrival = shares.programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
-    step = max(_LARGE_STEP[plan.block_m, plan.groups, -(-shares.programs // problem.multiprocessors)], arrival)
+    step = _LARGE_STEP[plan.block_m, plan.groups, -(-shares.programs // problem.multiprocessors)]
+    step = max(step + _EIGHT_BITS * (problem.bits == 8), arrival)
     steps = shares.busiest(plan.tiles(problem), problem.steps) * _apart(shares, 256 * problem.M * problem.steps)
     return 1.0 + steps * step + shares.parts * (0.35 + 0.0065 * plan.block_m)
 

@@ -203,7 +203,7 @@ def transposed_kernel(
                        shares, blocks_m, steps, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
         ],
         [4, 1],
-        [232, 40],
+        [240, 24],
     )  # fmt: skip
 
 

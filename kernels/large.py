@@ -348,7 +348,7 @@ def prepare_large(
         described(dtype, [C.out_m.value, 64], rows),
     ]
     meeting = (torch.float32, torch.int32) if shares else (None, None)
-    options = {"num_warps": 4, "launch_pdl": pdl} | ({"maxnreg": REGISTERS} if resident == 2 else {})
+    options = {"num_warps": 4, "maxnreg": REGISTERS if resident == 2 else None, "launch_pdl": pdl}
     run = prepare(large_kernel, device, (*boxes, bias, *meeting), 4, {"C": C}, **options)
 
     def launch(

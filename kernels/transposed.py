@@ -203,7 +203,7 @@ def transposed_kernel(
                        shares, blocks_m, steps, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
         ],
         [4, 1],
-        [240, 24],
+        [240, 24] if BLOCK_M == 256 else [232, 40],
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -131,7 +131,7 @@ _DECODE = {
     4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
 # (warps, depth, chunk, registers). Fewer registers leave room for the digits' programs of the next launch
-_PLAIN = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None), (8, 8, 8, None), (4, 8, 8, None)
+_PLAIN = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None), (8, 8, 8, 128), (4, 8, 8, 128)
 _WIDE = {
     2: ((4, 4, 4, 112), *_PLAIN),
     3: ((4, 4, 4, 120), *_PLAIN),
@@ -215,15 +215,15 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
     return 0.2 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n)
 
 
-def _wide(problem: Problem) -> Iterator[WidePlan]:
-    for warps, depth, chunk, max_registers in _WIDE[problem.bits]:
-        if depth == 8 and problem.M <= 8 and problem.subgroups == 1:
-            max_registers = 128  # four programs of four warps
+def _wide(problem: Problem) -> Iterable[WidePlan]:
+    plans = {}
+    for warps, depth, chunk, registers in _WIDE[problem.bits]:
         for split in _SPLITS:
-            # two products take more registers, and so does the bias where no partial sums meet
-            fits = max_registers in (None, 128) or (problem.subgroups == 1 and split > 1)
-            if fits and split <= problem.steps:
-                yield WidePlan(warps, depth, chunk, split, max_registers)
+            # two products take more registers, and so do more rows, eight steps deep, and the bias where no sums meet
+            held = problem.subgroups == 1 and (problem.M <= 8 if depth == 8 else split > 1)
+            if split <= problem.steps:
+                plans[WidePlan(warps, depth, chunk, split, registers if held else None)] = None
+    return plans
 
 
 def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
@@ -352,13 +352,13 @@ def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
     more = problem.subgroups - 1
     over_n, split = plan.grid(problem)
     programs = over_n * split
-    tiles = -(-problem.strips // plan.strips_of_program)
     of_program, parts = 1.0, split  # tiles one after another, programs that share one
     digits = 0.3 + 16e-6 * problem.M * problem.steps  # by a launch before
     if isinstance(plan, DecodePlan):
         rounds, strips, filling = plan.rounds(problem), plan.strips, 2.4
         latency, cycles = 360 * plan.strips**0.7, 50 + 57 * plan.tiles
         groups = 1 + 30 * plan.tiles * more / cycles if plan.in_turn else 1.3 if more else 1.0
+        tiles = plan.tiles_of_weight(problem)
         if plan.even:
             of_program, parts = 1 + tiles / programs, 1 + -(-programs // tiles)
         elif plan.persistent:
@@ -401,14 +401,13 @@ def _resident(problem: Problem, plan: DecodePlan | WidePlan) -> int:
 
 def _matmul_microseconds(problem: Problem, plan: MatmulPlan) -> float:
     cycles = 190 + 5 * plan.block_m + 58 * (problem.subgroups - 1)
-    blocks_m = -(-problem.M // plan.block_m)
-    programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
+    programs = plan.tiles(problem) * plan.split
     slots = {16: 4, 32: 3}.get(plan.block_m, 2) * problem.multiprocessors
     waves = -(-programs // slots)
     at_once = slots if waves == 1 else problem.multiprocessors  # a slot that is free is taken at once
     work = problem.strips * problem.steps * -(-programs // at_once) * at_once / programs
     arrival = work * 256 * problem.bits / 4.3e6
-    arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
+    arithmetic = work * -(-problem.M // plan.block_m) * cycles / (4 * problem.multiprocessors * 1.7e3)
     meeting = 0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split
     return max(arrival, arithmetic) + 4.0 * waves + meeting
 

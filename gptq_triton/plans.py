@@ -192,6 +192,10 @@ class MatmulPlan:
         """Strips that a program owns."""
         return self.block_n // 16
 
+    def tiles(self, problem: Problem) -> int:
+        """Of y."""
+        return -(-problem.M // self.block_m) * -(-problem.strips // self.strips_of_program)
+
 
 @dataclass(frozen=True)
 class LargePlan:

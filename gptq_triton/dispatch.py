@@ -366,13 +366,13 @@ def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
     more = problem.subgroups - 1
     over_n, split = plan.grid(problem)
     programs = over_n * split
-    tiles = -(-problem.strips // plan.strips_of_program)
     of_program, parts = 1.0, split  # tiles one after another, programs that share one
     digits = 0.3 + 16e-6 * problem.M * problem.steps  # by a launch before
     if isinstance(plan, DecodePlan):
         rounds, strips, filling = plan.rounds(problem), plan.strips, 2.4
         latency, cycles = 360 * plan.strips**0.7, 50 + 57 * plan.tiles
         groups = 1 + 30 * plan.tiles * more / cycles if plan.in_turn else 1.3 if more else 1.0
+        tiles = plan.tiles_of_weight(problem)
         if plan.even:
             of_program, parts = 1 + tiles / programs, 1 + -(-programs // tiles)
         elif plan.persistent:
@@ -415,14 +415,13 @@ def _resident(problem: Problem, plan: DecodePlan | WidePlan) -> int:
 
 def _matmul_microseconds(problem: Problem, plan: MatmulPlan) -> float:
     cycles = 190 + 5 * plan.block_m + 58 * (problem.subgroups - 1)
-    blocks_m = -(-problem.M // plan.block_m)
-    programs = -(-problem.strips // plan.strips_of_program) * plan.split * blocks_m
+    programs = plan.tiles(problem) * plan.split
     slots = {16: 4, 32: 3}.get(plan.block_m, 2) * problem.multiprocessors
     waves = -(-programs // slots)
     at_once = slots if waves == 1 else problem.multiprocessors  # a slot that is free is taken at once
     work = problem.strips * problem.steps * -(-programs // at_once) * at_once / programs
     arrival = work * 256 * problem.bits / 4.3e6
-    arithmetic = work * blocks_m * cycles / (4 * problem.multiprocessors * 1.7e3)
+    arithmetic = work * -(-problem.M // plan.block_m) * cycles / (4 * problem.multiprocessors * 1.7e3)
     meeting = 0.0 if plan.split == 1 else 0.8 + 0.1 * plan.split
     return max(arrival, arithmetic) + 4.0 * waves + meeting
 

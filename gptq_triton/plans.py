@@ -193,6 +193,10 @@ class MatmulPlan:
         """Strips that a program owns."""
         return self.block_n // 16
 
+    def tiles(self, problem: Problem) -> int:
+        """Of y."""
+        return -(-problem.M // self.block_m) * -(-problem.strips // self.strips_of_program)
+
 
 class Shares(NamedTuple):
     """Which programs have which tiles: some share the first ones evenly, the others are of one program each."""

@@ -252,14 +252,14 @@ def _matmul(
     weight: TiledWeight,
     y: Tensor,
 ) -> None:
-    M, programs = problem.M, -(-problem.strips // plan.strips_of_program) * -(-problem.M // plan.block_m)
+    M = problem.M
     x = _in_order(problem, x.view(M, weight.K) if x.dim() != 2 else x, weight)
     scratch = scratch_of(device)
     with scratch.lock:
         workspace = counters = None
         if plan.split > 1:
             stream = torch._C._cuda_getCurrentRawStream(device)
-            words, zeros = scratch.tensors(stream, plan.split * M * problem.strips * STRIP, programs)
+            words, zeros = scratch.tensors(stream, plan.split * M * problem.strips * STRIP, plan.tiles(problem))
             workspace, counters = words.view(torch.float32), zeros
         _kernels("matmul").matmul(
             x,

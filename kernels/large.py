@@ -349,7 +349,7 @@ def prepare_large(
     ]
     meeting = (torch.float32, torch.int32) if shares else (None, None)
     options = {"num_warps": 4, "maxnreg": REGISTERS if resident == 2 else None, "launch_pdl": pdl}
-    run = prepare(large_kernel, device, (*boxes, bias, *meeting), 4, {"C": C}, **options)
+    run = prepare(large_kernel, device, (*boxes, bias, *meeting), {"C": C}, **options)
 
     def launch(
         shares: tuple[int, int, int], stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor,

@@ -264,7 +264,7 @@ def prepare_transposed(
     """
     names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, unit, group_m)
     boxes = [box and described(*box) for box in descriptors(names["F"], dtype, block_m)]
-    launch = prepare(transposed_kernel, device, (*boxes, torch.float32, torch.int32), 4, names, num_warps=4)
+    launch = prepare(transposed_kernel, device, (*boxes, torch.float32, torch.int32), names, num_warps=4)
 
     def multiply(
         shares: tuple[int, int, int], stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,

@@ -256,7 +256,7 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
 
 
 # rows of x of a tile, multiplying groups, programs that fit a multiprocessor
-_LARGE = (16, 2, 2), (16, 4, 1), (32, 2, 2), (32, 4, 1), (64, 2, 2), (64, 4, 1), (64, 2, 1), (128, 2, 1), (256, 2, 1)
+_LARGE = (16, 2, 2), (16, 4, 1), (32, 2, 2), (32, 4, 1), (64, 2, 2), (64, 4, 1), (64, 2, 1), (128, 2, 1), (128, 3, 1), (64, 3, 1), (256, 2, 1)
 # microseconds of a program for a step, by rows, groups and programs that a multiprocessor has, on an H200 at work for a
 # while
 _LARGE_STEP = {
@@ -270,6 +270,8 @@ _LARGE_STEP = {
     (64, 2, 2): 1.0,
     (64, 4, 1): 0.98,
     (128, 2, 1): 0.83,
+    (128, 3, 1): 1.2,
+    (64, 3, 1): 0.8,
     (256, 2, 1): 1.57,
 }
 _EIGHT_BITS = 0.09  # more for a step

@@ -86,8 +86,9 @@ class Tiles(Form):
             bias=bias,
             pdl=pdl,
             rows=rows,
-            registers=104 if resident == 2 else {2: 240 if block_m > 128 else 208, 4: 112}[groups],
-            copying_registers=32 if resident == 2 else {2: 40, 4: 24}[groups],
+            pieces=3 if groups == 3 else 1,
+            registers=104 if resident == 2 else {2: 240 if block_m > 128 else 208, 3: 160, 4: 112}[groups],
+            copying_registers=32 if resident == 2 else {2: 40, 3: 24, 4: 24}[groups],
             sums_layout=sums_layout(block_m),
         )
 
@@ -110,13 +111,15 @@ def _copy_weight(sources, ring, stage, tile_n, step, C: gl.constexpr):
     here = full.index(stage)
     strip = tile_n * STRIPS * C.groups
     mbarrier.expect(here, C.block_m * 256 + C.rows * (16 * C.bits + 4 * C.subgroups))
-    for v in gl.static_range(C.vectors):
-        at = ws.index(stage * C.vectors + v)
-        tma.async_copy_global_to_shared(words, [strip, step * 64 * C.bits + 128 * v], here, at)
-    if C.bits == 3:
-        tma.async_copy_global_to_shared(rest, [strip, step * 192 + 128], here, rs.index(stage))
     row = step * C.subgroups if C.subgroups > 1 else step // C.group_steps
-    tma.async_copy_global_to_shared(meta, [row, tile_n * C.rows], here, ms.index(stage))
+    for piece in gl.static_range(C.pieces):
+        at = stage + piece * C.stages
+        for v in gl.static_range(C.vectors):
+            to = ws.index(at * C.vectors + v)
+            tma.async_copy_global_to_shared(words, [strip + piece * STRIPS, step * 64 * C.bits + 128 * v], here, to)
+        if C.bits == 3:
+            tma.async_copy_global_to_shared(rest, [strip + piece * STRIPS, step * 192 + 128], here, rs.index(at))
+        tma.async_copy_global_to_shared(meta, [row, tile_n * C.rows + piece * 16 * STRIPS], here, ms.index(at))
 
 
 @gluon.jit
@@ -170,11 +173,14 @@ def _copy(x, sources, ring, M, N, shares, steps, C: gl.constexpr):
 def _steps(acc, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.constexpr, A: gl.constexpr):
     """N steps, a product always on its way; at the end none is, or ptxas would wait for every one."""
     xs, ws, rs, ms, full, empty = ring
+    PIECE: gl.constexpr = group if C.pieces > 1 else 0
+    WITHIN: gl.constexpr = 0 if C.pieces > 1 else group
     previous = stage
     for u in gl.static_range(N):
         mbarrier.wait(full.index(stage), phase)
-        q = load_words(ws, rs, stage, group, C)
-        m = load_meta(ms, stage, group, C)
+        at = stage + PIECE * C.stages
+        q = load_words(ws, rs, at, WITHIN, C)
+        m = load_meta(ms, at, WITHIN, C)
         for s in gl.static_range(4):
             a = weights(q[s], m[s * C.subgroups // 4], s, C, A)
             b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
@@ -265,11 +271,13 @@ def large_kernel(
 ):
     """As many programs as there are multiprocessors, or units of work if these are fewer."""
     xs = gl.allocate_shared_memory(C.half, [2 * C.stages, C.block_m, 64], ROWS_LAYOUT)
-    ws = gl.allocate_shared_memory(gl.int32, [C.vectors * C.stages, STRIPS * C.groups, 128], FLAT_LAYOUT)
+    STAGES: gl.constexpr = C.pieces * C.stages
+    ROWS: gl.constexpr = C.rows // C.pieces
+    ws = gl.allocate_shared_memory(gl.int32, [C.vectors * STAGES, ROWS // 16, 128], FLAT_LAYOUT)
     rs = ws
     if C.bits == 3:
-        rs = gl.allocate_shared_memory(gl.int32, [C.stages, STRIPS * C.groups, 64], FLAT_LAYOUT)
-    ms = gl.allocate_shared_memory(gl.int32, [C.stages, C.subgroups, C.rows], FLAT_LAYOUT)
+        rs = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS // 16, 64], FLAT_LAYOUT)
+    ms = gl.allocate_shared_memory(gl.int32, [STAGES, C.subgroups, ROWS], FLAT_LAYOUT)
     ys = gl.allocate_shared_memory(C.half, [C.groups, C.out_m, 16 * STRIPS], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
@@ -286,6 +294,14 @@ def large_kernel(
              (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
              (_copy, (x, sources, ring, M, N, shares, steps, C))],
             [4, 1], [C.registers, C.copying_registers],
+        )  # fmt: skip
+    elif C.groups == 3:
+        gl.warp_specialize(
+            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
+             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
+             (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
+             (_copy, (x, sources, ring, M, N, shares, steps, C))],
+            [4, 4, 1], [C.registers, C.registers, C.copying_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -338,7 +354,7 @@ def prepare_large(
         bias is not None,
         pdl,
     )
-    subgroups, strips = max(1, 128 // group_columns), STRIPS.value * groups
+    subgroups, strips = max(1, 128 // group_columns), STRIPS.value * groups // C.pieces.value
     rows, flat = ROWS_LAYOUT.value, FLAT_LAYOUT.value
     boxes = [
         described(dtype, [block_m, 64], rows),

@@ -201,7 +201,7 @@ def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias
         plan.resident, plan.split > 1, bias, True,
     )  # fmt: skip
     half, rows, flat = "bf16" if bf16 else "fp16", large.ROWS_LAYOUT.value, large.FLAT_LAYOUT.value
-    strips, subgroups = plan.strips_of_program, max(1, 128 // problem.group_columns)
+    strips, subgroups = plan.strips_of_program // tiles.pieces.value, max(1, 128 // problem.group_columns)
     pointers = {
         "x": f"tensordesc<{half}[{plan.block_m}, 64],{rows!r}>",
         "words": f"tensordesc<i32[{strips}, 128],{flat!r}>",

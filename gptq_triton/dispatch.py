@@ -256,7 +256,10 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
 
 
 # rows of x of a tile, multiplying groups, programs that fit a multiprocessor
-_LARGE = (16, 2, 2), (16, 4, 1), (32, 2, 2), (32, 4, 1), (64, 2, 2), (64, 4, 1), (64, 2, 1), (128, 2, 1), (128, 3, 1), (64, 3, 1), (256, 2, 1)
+_LARGE = (
+    *((rows, groups, resident) for rows in (16, 32, 64) for groups, resident in ((2, 2), (4, 1))),
+    *((64, 2, 1), (128, 2, 1), (128, 3, 1), (256, 2, 1)),
+)
 # microseconds of a program for a step, by rows, groups and programs that a multiprocessor has, on an H200 at work for a
 # while
 _LARGE_STEP = {
@@ -264,19 +267,18 @@ _LARGE_STEP = {
     (16, 2, 2): 0.64,
     (16, 4, 1): 0.68,
     (32, 2, 1): 0.42,
-    (32, 2, 2): 0.68,
-    (32, 4, 1): 0.72,
-    (64, 2, 1): 0.54,
-    (64, 2, 2): 1.0,
-    (64, 4, 1): 0.98,
-    (128, 2, 1): 0.83,
+    (32, 2, 2): 0.76,
+    (32, 4, 1): 0.82,
+    (64, 2, 1): 0.55,
+    (64, 2, 2): 0.98,
+    (64, 4, 1): 1.04,
+    (128, 2, 1): 0.84,
     (128, 3, 1): 1.2,
-    (64, 3, 1): 0.8,
     (256, 2, 1): 1.57,
 }
-_EIGHT_BITS = 0.09  # more for a step
+_EIGHT_BITS = 0.045  # more for a group's step
 # how much longer steps take of programs that are at many k at a time; and where x, of so many bytes, leaves the cache
-_APART, _FAR_APART, _SHARED_X = 1.08, 1.25, 16 << 20
+_APART, _FAR_APART, _SHARED_X = 1.05, 1.15, 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
@@ -288,7 +290,7 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         room = _SHARED_MEMORY[90] * 1024 // resident - 2048
         # y leaves whole if that leaves room for two stages, else half by half
         stages = max(min(8, (room - 2 * rows * block_m) // step), min(2, (room - rows * block_m) // step))
-        if stages < 2:
+        if stages < 2 + (resident == 2):
             continue
         whole = LargePlan(block_m, groups, stages, 1, resident)
         tiles, programs = whole.tiles(problem), resident * problem.multiprocessors
@@ -345,7 +347,8 @@ def _transposed_microseconds(problem: Problem, plan: TransposedPlan | Dequantize
 def _floats_microseconds(problem: Problem, terms: int) -> float:
     """W as floats, then the vendor's product, of so many terms a sum, which pays off for small layers."""
     weights = problem.strips * 16 * problem.steps * 128
-    return 3.7 + 0.8e-6 * weights + max(1.5e-3 * terms, 2 * problem.M * weights / 680e6)
+    work = 2 * problem.M * weights
+    return 5.2 + 0.8e-6 * weights + max(1.2e-3 * terms, work / (740e6 if work < 64e9 else 660e6))  # clocks fall
 
 
 def microseconds(problem: Problem, plan: Plan) -> float:
@@ -430,11 +433,14 @@ def _matmul_microseconds(problem: Problem, plan: MatmulPlan) -> float:
 
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     shares = plan.shares(problem)
+    steps = shares.busiest(plan.tiles(problem), problem.steps)
     arrival = shares.programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
     step = _LARGE_STEP[plan.block_m, plan.groups, -(-shares.programs // problem.multiprocessors)]
-    step = max(step + _EIGHT_BITS * (problem.bits == 8), arrival)
-    steps = shares.busiest(plan.tiles(problem), problem.steps) * _apart(shares, 256 * problem.M * problem.steps)
-    return 1.0 + steps * step + shares.parts * (0.35 + 0.0065 * plan.block_m)
+    step += _EIGHT_BITS * plan.groups * (problem.bits == 8)
+    if plan.stages == 2:  # little sets out ahead
+        step += 0.3 * arrival * plan.block_m / max(plan.block_m, problem.M)
+    step *= _apart(shares, 256 * problem.M * problem.steps if plan.stages == 2 else 0)
+    return 0.9 + 0.006 * plan.block_m + steps * max(step, arrival) + shares.parts * (0.37 + 0.0065 * plan.block_m)
 
 
 def _apart(shares: Shares, nbytes: int) -> float:

@@ -61,7 +61,7 @@ class Tiles(Form):
     Args:
         bits, bf16, scales_bf16, group_columns: As `Form` takes them.
         block_m: Rows of x of a tile: a power of two from 16 to 256.
-        groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
+        groups: Multiplying groups of a program, 64 rows of W each: 2, 3 or 4.
         stages: Steps in the ring.
         resident: Programs of a multiprocessor at a time: 1, or 2 of two groups and 64 rows of x at most.
         shares: Whether programs share tiles.
@@ -76,6 +76,7 @@ class Tiles(Form):
         super().__init__(bits, bf16, scales_bf16, group_columns)
         self.key += (block_m, groups, stages, resident, shares, bias, pdl)
         rows = 16 * STRIPS.value * groups
+        registers, copying = (104, 32) if resident == 2 else {2: (208, 40), 3: (160, 24), 4: (112, 24)}[groups]
         stage = 256 * block_m + rows * (16 * bits + 4 * self.subgroups)
         self.keep(
             block_m=block_m,
@@ -86,9 +87,9 @@ class Tiles(Form):
             bias=bias,
             pdl=pdl,
             rows=rows,
-            pieces=3 if groups == 3 else 1,
-            registers=104 if resident == 2 else {2: 240 if block_m > 128 else 208, 3: 160, 4: 112}[groups],
-            copying_registers=32 if resident == 2 else {2: 40, 3: 24, 4: 24}[groups],
+            pieces=3 if groups == 3 else 1,  # of a step's words in shared memory: strips are a power of two
+            registers=240 if block_m > 128 else registers,
+            copying_registers=copying,
             sums_layout=sums_layout(block_m),
         )
 
@@ -131,8 +132,9 @@ def _copy_x(x, ring, stage, tile_m, step, C: gl.constexpr):
 
 
 @gluon.jit
-def _copy(x, sources, ring, M, N, shares, steps, C: gl.constexpr):
+def _copy(copies, C: gl.constexpr):
     """The copying warp."""
+    x, sources, ring, M, N, shares, steps = copies
     empty = ring[5]
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
@@ -173,8 +175,8 @@ def _copy(x, sources, ring, M, N, shares, steps, C: gl.constexpr):
 def _steps(acc, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.constexpr, A: gl.constexpr):
     """N steps, a product always on its way; at the end none is, or ptxas would wait for every one."""
     xs, ws, rs, ms, full, empty = ring
-    PIECE: gl.constexpr = group if C.pieces > 1 else 0
-    WITHIN: gl.constexpr = 0 if C.pieces > 1 else group
+    PIECE: gl.constexpr = group if C.pieces > 1 else 0  # which has my words
+    WITHIN: gl.constexpr = 0 if C.pieces > 1 else group  # it, where they are
     previous = stage
     for u in gl.static_range(N):
         mbarrier.wait(full.index(stage), phase)
@@ -208,8 +210,9 @@ def _halves(y, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C: gl.constexpr):
+def _multiply(group: gl.constexpr, work, C: gl.constexpr):
     """A multiplying group."""
+    ring, y, ys, bias_ptr, meeting, M, N, shares, steps = work
     workspace_ptr, counters_ptr = meeting
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -271,13 +274,13 @@ def large_kernel(
 ):
     """As many programs as there are multiprocessors, or units of work if these are fewer."""
     xs = gl.allocate_shared_memory(C.half, [2 * C.stages, C.block_m, 64], ROWS_LAYOUT)
-    STAGES: gl.constexpr = C.pieces * C.stages
+    PIECES: gl.constexpr = C.pieces * C.stages
     ROWS: gl.constexpr = C.rows // C.pieces
-    ws = gl.allocate_shared_memory(gl.int32, [C.vectors * STAGES, ROWS // 16, 128], FLAT_LAYOUT)
+    ws = gl.allocate_shared_memory(gl.int32, [C.vectors * PIECES, ROWS // 16, 128], FLAT_LAYOUT)
     rs = ws
     if C.bits == 3:
-        rs = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS // 16, 64], FLAT_LAYOUT)
-    ms = gl.allocate_shared_memory(gl.int32, [STAGES, C.subgroups, ROWS], FLAT_LAYOUT)
+        rs = gl.allocate_shared_memory(gl.int32, [PIECES, ROWS // 16, 64], FLAT_LAYOUT)
+    ms = gl.allocate_shared_memory(gl.int32, [PIECES, C.subgroups, ROWS], FLAT_LAYOUT)
     ys = gl.allocate_shared_memory(C.half, [C.groups, C.out_m, 16 * STRIPS], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
@@ -288,28 +291,22 @@ def large_kernel(
     ring = (xs, ws, rs, ms, full, empty)
     meeting = (workspace_ptr, counters_ptr)
     shares = (sharing, streamed)
+    work = (ring, y, ys, bias_ptr, meeting, M, N, shares, steps)
+    copies = (x, sources, ring, M, N, shares, steps)
     if C.groups == 2:
         gl.warp_specialize(
-            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
-             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
-             (_copy, (x, sources, ring, M, N, shares, steps, C))],
+            [(_multiply, (0, work, C)), (_multiply, (1, work, C)), (_copy, (copies, C))],
             [4, 1], [C.registers, C.copying_registers],
         )  # fmt: skip
     elif C.groups == 3:
         gl.warp_specialize(
-            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
-             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
-             (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
-             (_copy, (x, sources, ring, M, N, shares, steps, C))],
+            [(_multiply, (0, work, C)), (_multiply, (1, work, C)), (_multiply, (2, work, C)), (_copy, (copies, C))],
             [4, 4, 1], [C.registers, C.registers, C.copying_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
-            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
-             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
-             (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
-             (_multiply, (3, ring, y, ys, bias_ptr, meeting, M, N, shares, steps, C)),
-             (_copy, (x, sources, ring, M, N, shares, steps, C))],
+            [(_multiply, (0, work, C)), (_multiply, (1, work, C)), (_multiply, (2, work, C)),
+             (_multiply, (3, work, C)), (_copy, (copies, C))],
             [4, 4, 4, 1], [C.registers, C.registers, C.registers, C.copying_registers],
         )  # fmt: skip
 
@@ -328,7 +325,7 @@ def prepare_large(
         scales_bf16: Whether scales are bfloat16, not float16.
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
         block_m: Rows of x of a tile: a power of two from 16 to 256.
-        groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
+        groups: Multiplying groups of a program, 64 rows of W each: 2, 3 or 4.
         stages: Steps in the ring.
         resident: Programs of a multiprocessor at a time: 1, or 2 of two groups and 64 rows of x at most.
         shares: Whether programs may share tiles of y.

@@ -131,12 +131,12 @@ def test_tiles_left_over_are_shared(tiles, split, most, units):
         assert shares.busiest(tiles, units) <= -(-tiles * units // most) + (tiles > most)
 
 
-@pytest.mark.parametrize(("M", "rows"), [(512, 128), (1024, 256), (2048, 256)])
-def test_rows_that_leave_the_cache_are_read_at_few_places(M, rows):
+@pytest.mark.parametrize("M", [1024, 2048])
+def test_rows_that_leave_the_cache_are_read_at_few_places(M):
     problem = replace(H200, strips=320, steps=200, M=M)
     plan = choose(problem)
     assert isinstance(plan, LargePlan)
-    assert plan.block_m == rows
+    assert plan.block_m == 256
     assert plan.shares(problem).even
     assert plan.shares(problem).busiest(plan.tiles(problem), 200) < -(-plan.tiles(problem) // 132) * 200
 

@@ -149,10 +149,15 @@ def test_exact_data_gives_the_exact_answer(bits, dtype):
 
 
 @pytest.mark.parametrize(
-    ("group_size", "M"), [*((size, M) for size in (128, 32) for M in (3, 8, 16, 50, 100, 300)), (64, 3), (64, 8)]
+    ("bits", "group_size", "M"),
+    [
+        *((4, size, M) for size in (128, 32) for M in (3, 8, 16, 50, 100, 300)),
+        *((4, 64, M) for M in (3, 8)),
+        *((bits, 128, 100) for bits in (2, 3, 8)),
+    ],
 )
-def test_every_plan_gives_the_same_answer(group_size, M):
-    weight = random_weight(1536, 528, 4, group_size, exact=True, device=DEVICE)
+def test_every_plan_gives_the_same_answer(bits, group_size, M):
+    weight = random_weight(1536, 528, bits, group_size, exact=True, device=DEVICE)
     tiled = tile_weight(weight)
     x = exact_rows(M, 1536, torch.float16, device=DEVICE)
     expected = oracle(x, weight).half()

@@ -263,22 +263,22 @@ _LARGE = (
 # microseconds of a program for a step, by rows, groups and programs that a multiprocessor has, on an H200 at work for a
 # while
 _LARGE_STEP = {
-    (16, 2, 1): 0.4,
-    (16, 2, 2): 0.64,
-    (16, 4, 1): 0.68,
-    (32, 2, 1): 0.42,
-    (32, 2, 2): 0.76,
+    (16, 2, 1): 0.37,
+    (16, 2, 2): 0.62,
+    (16, 4, 1): 0.66,
+    (32, 2, 1): 0.32,
+    (32, 2, 2): 0.72,
     (32, 4, 1): 0.82,
-    (64, 2, 1): 0.55,
-    (64, 2, 2): 0.98,
-    (64, 4, 1): 1.04,
+    (64, 2, 1): 0.535,
+    (64, 2, 2): 0.96,
+    (64, 4, 1): 1.0,
     (128, 2, 1): 0.84,
-    (128, 3, 1): 1.2,
-    (256, 2, 1): 1.57,
+    (128, 3, 1): 1.17,
+    (256, 2, 1): 1.54,
 }
-_EIGHT_BITS = 0.045  # more for a group's step
+_EIGHT_BITS = 0.03  # more for a group's step
 # how much longer steps take of programs that are at many k at a time; and where x, of so many bytes, leaves the cache
-_APART, _FAR_APART, _SHARED_X = 1.05, 1.15, 16 << 20
+_APART, _FAR_APART, _SHARED_X = 1.07, 1.18, 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
@@ -432,15 +432,17 @@ def _matmul_microseconds(problem: Problem, plan: MatmulPlan) -> float:
 
 
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
-    shares = plan.shares(problem)
-    steps = shares.busiest(plan.tiles(problem), problem.steps)
+    shares, tiles = plan.shares(problem), plan.tiles(problem)
     arrival = shares.programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
     step = _LARGE_STEP[plan.block_m, plan.groups, -(-shares.programs // problem.multiprocessors)]
     step += _EIGHT_BITS * plan.groups * (problem.bits == 8)
     if plan.stages == 2:  # little sets out ahead
-        step += 0.3 * arrival * plan.block_m / max(plan.block_m, problem.M)
+        step += 0.4 * arrival * plan.block_m / max(plan.block_m, problem.M)
     step *= _apart(shares, 256 * problem.M * problem.steps if plan.stages == 2 else 0)
-    return 0.9 + 0.006 * plan.block_m + steps * max(step, arrival) + shares.parts * (0.37 + 0.0065 * plan.block_m)
+    steps = shares.busiest(tiles, problem.steps)
+    begun = -(-(tiles - shares.streamed) // shares.programs) + (0 if not shares.streamed else 1 if shares.even else 2)
+    meeting = shares.parts * (0.46 + 0.006 * plan.block_m)
+    return 1.65 + steps * max(step, arrival) + 0.0055 * plan.block_m * (begun - 1) + meeting
 
 
 def _apart(shares: Shares, nbytes: int) -> float:

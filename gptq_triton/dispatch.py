@@ -263,22 +263,22 @@ _LARGE = (
 # microseconds of a program for a step, by rows, groups and programs that a multiprocessor has, on an H200 at work for a
 # while
 _LARGE_STEP = {
-    (16, 2, 1): 0.37,
+    (16, 2, 1): 0.38,
     (16, 2, 2): 0.62,
     (16, 4, 1): 0.66,
-    (32, 2, 1): 0.32,
-    (32, 2, 2): 0.72,
+    (32, 2, 1): 0.41,
+    (32, 2, 2): 0.74,
     (32, 4, 1): 0.82,
-    (64, 2, 1): 0.535,
-    (64, 2, 2): 0.96,
-    (64, 4, 1): 1.0,
-    (128, 2, 1): 0.84,
-    (128, 3, 1): 1.17,
-    (256, 2, 1): 1.54,
+    (64, 2, 1): 0.53,
+    (64, 2, 2): 0.95,
+    (64, 4, 1): 0.965,
+    (128, 2, 1): 0.83,
+    (128, 3, 1): 1.16,
+    (256, 2, 1): 1.567,
 }
-_EIGHT_BITS = 0.03  # more for a group's step
+_EIGHT_BITS = 0.02  # more for a group's step
 # how much longer steps take of programs that are at many k at a time; and where x, of so many bytes, leaves the cache
-_APART, _FAR_APART, _SHARED_X = 1.07, 1.18, 16 << 20
+_APART, _FAR_APART, _SHARED_X = 1.06, 1.16, 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
@@ -348,7 +348,8 @@ def _floats_microseconds(problem: Problem, terms: int) -> float:
     """W as floats, then the vendor's product, of so many terms a sum, which pays off for small layers."""
     weights = problem.strips * 16 * problem.steps * 128
     work = 2 * problem.M * weights
-    return 5.2 + 0.8e-6 * weights + max(1.2e-3 * terms, work / (740e6 if work < 64e9 else 660e6))  # clocks fall
+    rate = 800e6 / (1 + 140 / terms) if work < 64e9 else 660e6  # short sums have their cost, long products lower clocks
+    return 5.0 + 0.7e-6 * weights + max(1.2e-3 * terms, work / rate)
 
 
 def microseconds(problem: Problem, plan: Plan) -> float:
@@ -433,16 +434,18 @@ def _matmul_microseconds(problem: Problem, plan: MatmulPlan) -> float:
 
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     shares, tiles = plan.shares(problem), plan.tiles(problem)
+    at_once = -(-shares.programs // problem.multiprocessors)
     arrival = shares.programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
-    step = _LARGE_STEP[plan.block_m, plan.groups, -(-shares.programs // problem.multiprocessors)]
-    step += _EIGHT_BITS * plan.groups * (problem.bits == 8)
-    if plan.stages == 2:  # little sets out ahead
-        step += 0.4 * arrival * plan.block_m / max(plan.block_m, problem.M)
+    step = _LARGE_STEP[plan.block_m, plan.groups, at_once] + _EIGHT_BITS * plan.groups * (problem.bits == 8)
+    step += 0.28 * arrival / (plan.stages - 1) * plan.block_m / max(plan.block_m, problem.M)  # what sets out ahead
     step *= _apart(shares, 256 * problem.M * problem.steps if plan.stages == 2 else 0)
-    steps = shares.busiest(tiles, problem.steps)
+    step *= 0.87 + 0.13 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
+    if plan.block_m < 256 and problem.M > 512:  # clocks are lower: words are unpacked more often
+        step *= 1.03
     begun = -(-(tiles - shares.streamed) // shares.programs) + (0 if not shares.streamed else 1 if shares.even else 2)
-    meeting = shares.parts * (0.46 + 0.006 * plan.block_m)
-    return 1.65 + steps * max(step, arrival) + 0.0055 * plan.block_m * (begun - 1) + meeting
+    start = 1.66 + 0.0052 * plan.block_m - 0.47 * (plan.resident == 2)  # of two, one begins while another ends
+    others = 0.004 * plan.block_m * (begun - 1) + shares.parts * (0.4 + 0.006 * plan.block_m)
+    return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others
 
 
 def _apart(shares: Shares, nbytes: int) -> float:

@@ -277,6 +277,7 @@ class TransposedPlan:
     unit: int  # of stages between two waits of a warpgroup; programs that share a tile cut it there
     group_m: int  # blocks of rows of dy that go through W together
     shares: Shares  # of tiles of dx
+    resident: int = 1  # programs of a multiprocessor at a time
 
 
 FusedPlan = DecodePlan | WidePlan | MatmulPlan | LargePlan

@@ -366,6 +366,7 @@ def _by_tiles(plan: TransposedPlan, problem: Problem, dy: Tensor, weight: TiledW
         stages=plan.stages,
         unit=plan.unit,
         group_m=plan.group_m,
+        resident=plan.resident,
     )
     sums = plan.shares.sharing * STEP * plan.block_m if plan.shares.streamed else 0
     stream = torch._C._cuda_getCurrentRawStream(device)

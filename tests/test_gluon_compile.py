@@ -156,7 +156,7 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_pa
     assert isinstance(plan, TransposedPlan)
     constants = transposed.constants(
         bits, dtype == torch.bfloat16, scales == torch.bfloat16, group_columns,
-        plan.block_m, plan.stages, plan.unit, plan.group_m,
+        plan.block_m, plan.stages, plan.unit, plan.group_m, plan.resident,
     )  # fmt: skip
     boxes = transposed.descriptors(constants["F"], dtype, plan.block_m)
     pointers = dict.fromkeys(("dy", "words", "low_words", "meta", "dx"))
@@ -164,7 +164,8 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_pa
         pointers[name] = box and f"tensordesc<{names[box[0]]}{box[1]},{box[2]!r}>"
     pointers |= {"workspace_ptr": "fp32", "counters_ptr": "i32"}
     integers = ("sharing", "streamed", "blocks_m", "steps", "units")
-    binary = compiled(transposed.transposed_kernel, pointers, integers, constants, "sm_90", num_warps=4)
+    options = transposed.options(plan.resident)
+    binary = compiled(transposed.transposed_kernel, pointers, integers, constants, "sm_90", **options)
     assert binary.metadata.shared <= SHARED_MEMORY["sm_90"]
     report = ptxas_report(binary, tmp_path)
     assert "0 bytes spill stores" in report, report

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cases import Case
+from cases import SUITES, Case
 from reading import Cell, cells, fractions, geomean, read, speedups
 from tables import DEFAULT, GPU, kind_of
 
@@ -391,7 +391,7 @@ TARGETS = _targets()
 
 
 def report(results: Results, worst: int = 3) -> str:
-    """A line for each target; under a missed one its worst cases."""
+    """A line for each target; under a missed one its worst cases; how much of each suite there is."""
     lines = []
     for target in TARGETS:
         values = target.values(results)
@@ -405,6 +405,10 @@ def report(results: Results, worst: int = 3) -> str:
         )
         if not target.met(results):
             lines += [f"{'':18}{value:7.3f}  {what}" for what, value in target.worst(results, worst)]
+    for name, suite in SUITES.items():
+        measured: dict[Case, Cell] = getattr(results, name)
+        wanted = suite()
+        lines.append(f"{sum(case in measured for case in wanted)} of {len(wanted)} cases of {name} are measured")
     return "\n".join(lines)
 
 

@@ -20,16 +20,17 @@ from .plans import (
     MatmulPlan,
     Plan,
     Problem,
+    Shares,
     TransposedPlan,
     WidePlan,
     groups_of_step,
-    shared_evenly,
 )
 
 ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
 ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits; fewer where a step has several groups
 # beyond, without the kernel for many rows, W as floats pays off: on an H200 between 128 (4096 x 4096) and 400 rows
 ROWS_OF_MATMUL = 192
+ROWS_OF_FLOATS = 256  # up to which W as floats never pays off where there is the kernel for many rows
 ROWS_OF_TRANSPOSED = 64  # of dy: below, W as floats is faster
 SLAB_BYTES = 256 << 20  # of W as floats at a time
 
@@ -54,7 +55,10 @@ def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
         plan = min(plans, key=lambda plan: microseconds(most, plan))
         fits = isinstance(plan, DecodePlan) and plan.rows_of_tile(problem) >= problem.M
         return replace(plan, tiles=1) if fits else plan
-    return min(candidates(problem), key=lambda plan: microseconds(problem, plan))
+    choice: list[Plan] = [*candidates(problem)]
+    if problem.M > ROWS_OF_FLOATS:
+        choice.append(_dequantize(problem))
+    return min(choice, key=lambda plan: microseconds(problem, plan))
 
 
 @functools.lru_cache(1024)
@@ -130,13 +134,24 @@ _DECODE = {
     },
     4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
-# (warps, depth, chunk, registers). Fewer registers leave room for the digits' programs of the next launch
-_PLAIN = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None), (8, 8, 8, 128), (4, 8, 8, 128)
+# (warps, depth, chunk, registers) by rows of x and width. Fewer registers leave room for the digits' programs of the
+# next launch; some kernels take a few more than 128 for groups of 256 columns and more, unless they are held
+_SHALLOW = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None)
+_DEEP = (8, 8, 8, 128), (4, 8, 8, 128)
+_EIGHT = (4, 2, 4, 112), (4, 2, 4, None), (8, 2, 4, None), (16, 2, 4, None), (8, 4, 8, None), (4, 4, 4, None)
 _WIDE = {
-    2: ((4, 4, 4, 112), *_PLAIN),
-    3: ((4, 4, 4, 120), *_PLAIN),
-    4: ((4, 4, 4, 120), *_PLAIN),
-    8: ((4, 2, 4, 112), (4, 2, 4, None), (8, 2, 4, None), (16, 2, 4, None), (8, 4, 8, None), (4, 4, 4, None)),
+    8: {
+        2: ((4, 4, 4, 112), *_SHALLOW, *_DEEP),
+        3: ((4, 4, 4, 120), *_SHALLOW, *_DEEP),
+        4: ((4, 4, 4, 120), *_SHALLOW, *_DEEP),
+        8: _EIGHT,
+    },
+    16: {
+        2: ((4, 4, 4, 112), *_SHALLOW, *_DEEP),
+        3: ((4, 4, 4, 120), (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, 128), (8, 8, 8, None), (4, 8, 8, None)),
+        4: ((4, 4, 4, 120), *_SHALLOW, (8, 8, 8, None), (4, 8, 8, None)),
+        8: _EIGHT,
+    },
 }
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
@@ -217,10 +232,10 @@ def _own_digits(problem: Problem, plan: DecodePlan) -> float:
 
 def _wide(problem: Problem) -> Iterable[WidePlan]:
     plans = {}
-    for warps, depth, chunk, registers in _WIDE[problem.bits]:
+    for warps, depth, chunk, registers in _WIDE[8 if problem.M <= 8 else 16][problem.bits]:
         for split in _SPLITS:
-            # two products take more registers, and so do more rows, eight steps deep, and the bias where no sums meet
-            held = problem.subgroups == 1 and (problem.M <= 8 if depth == 8 else split > 1)
+            # two products take more registers, and so does the bias where no partial sums meet
+            held = problem.subgroups == 1 and (split > 1 or depth == 8)
             if split <= problem.steps:
                 plans[WidePlan(warps, depth, chunk, split, registers if held else None)] = None
     return plans
@@ -241,47 +256,49 @@ def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
 
 
 # rows of x of a tile, multiplying groups, programs that fit a multiprocessor
-_LARGE = (16, 2, 2), (16, 4, 1), (32, 2, 2), (32, 4, 1), (64, 2, 2), (64, 4, 1), (64, 2, 1), (128, 2, 1), (256, 2, 1)
+_LARGE = (
+    *((rows, groups, resident) for rows in (16, 32, 64) for groups, resident in ((2, 2), (4, 1))),
+    *((64, 2, 1), (128, 2, 1), (128, 3, 1), (256, 2, 1)),
+)
 # microseconds of a program for a step, by rows, groups and programs that a multiprocessor has, on an H200 at work for a
 # while
 _LARGE_STEP = {
-    (16, 2, 1): 0.4,
-    (16, 2, 2): 0.64,
-    (16, 4, 1): 0.68,
-    (32, 2, 1): 0.42,
-    (32, 2, 2): 0.68,
-    (32, 4, 1): 0.72,
-    (64, 2, 1): 0.54,
-    (64, 2, 2): 0.93,
-    (64, 4, 1): 0.93,
+    (16, 2, 1): 0.38,
+    (16, 2, 2): 0.62,
+    (16, 4, 1): 0.66,
+    (32, 2, 1): 0.41,
+    (32, 2, 2): 0.74,
+    (32, 4, 1): 0.82,
+    (64, 2, 1): 0.53,
+    (64, 2, 2): 0.95,
+    (64, 4, 1): 0.965,
     (128, 2, 1): 0.83,
-    (256, 2, 1): 1.6,
+    (128, 3, 1): 1.16,
+    (256, 2, 1): 1.567,
 }
-_APART = 1.04  # how much longer steps take of programs that are at several k at a time
-# bytes of x up to which programs that are at several k at a time find it in a cache
-_SHARED_X = 16 << 20
+_EIGHT_BITS = 0.02  # more for a group's step
+# how much longer steps take of programs that are at many k at a time; and where x, of so many bytes, leaves the cache
+_APART, _FAR_APART, _SHARED_X = 1.06, 1.16, 16 << 20
 
 
 def _large(problem: Problem) -> Iterator[LargePlan]:
     for block_m, groups, resident in _LARGE:
-        if block_m < min(problem.M, 256) / 3 or 16 < block_m >= 2 * problem.M:
-            continue  # tiles that take turns, or are mostly empty
+        if 16 < block_m >= 2 * problem.M:
+            continue  # tiles that are mostly empty
         rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * problem.subgroups)
         room = _SHARED_MEMORY[90] * 1024 // resident - 2048
         # y leaves whole if that leaves room for two stages, else half by half
         stages = max(min(8, (room - 2 * rows * block_m) // step), min(2, (room - rows * block_m) // step))
-        if stages < 2:
+        if stages < 2 + (resident == 2):
             continue
         whole = LargePlan(block_m, groups, stages, 1, resident)
-        most = max(1, resident * problem.multiprocessors // whole.tiles(problem))  # equal parts of a tile
+        tiles, programs = whole.tiles(problem), resident * problem.multiprocessors
+        if block_m < min(problem.M, 256) / 3 and (block_m < 32 or tiles > programs):
+            continue  # tiles that take turns
+        most = programs // (tiles % programs or programs)  # equal parts of a tile
         splits = [split for split in sorted({*_SPLITS, most}) if split <= problem.steps]
         plans = [replace(whole, split=split) for split in splits]
-        if (
-            plans[0].tiles(problem) >= resident * problem.multiprocessors
-            and 256 * problem.M * problem.steps > _SHARED_X
-        ):
-            plans = plans[:1]
         yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
 
@@ -295,16 +312,11 @@ def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
     stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * block_m - 1024) // stage)
     unit = 4 if problem.bits == 3 else 8  # eight stages of 3 bits take more registers than there are
     tiles, units = _cut(problem, block_m, unit)
-    programs = min(problem.multiprocessors, tiles * units)
-    programs, streamed = shared_evenly(tiles, programs)
-    # too little to share, or nothing; or two to four rounds with the last nearly full, which measured faster alone
-    if (
-        streamed * units < programs
-        or streamed == programs
-        or (programs < tiles < 4 * programs and tiles % programs > 0.85 * programs)
-    ):
-        programs, streamed = min(programs, tiles), 0
-    return TransposedPlan(block_m, stages, unit, 8, programs, streamed)
+    most = problem.multiprocessors
+    # the last cuts tiles anywhere
+    splits = range(1, min(units, most // (tiles % most or most) + 1) + 1)
+    plans = [TransposedPlan(block_m, stages, unit, 8, Shares.of(tiles, split, most)) for split in splits]
+    return min(plans, key=lambda plan: _cycles(problem, plan))
 
 
 def transposed_tiles(problem: Problem) -> TransposedPlan:
@@ -320,27 +332,35 @@ def _cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:
 def _cycles(problem: Problem, plan: TransposedPlan) -> float:
     """Estimate: of the busiest program."""
     tiles, units = _cut(problem, plan.block_m, plan.unit)
-    whole = -(-(tiles - plan.streamed) // plan.programs)
-    shared = plan.streamed / plan.programs
-    meeting = 25 * plan.block_m * -(-plan.programs // plan.streamed) if plan.streamed else 0
-    return (whole + shared) * (units * plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m] + 10 * plan.block_m) + meeting
+    busiest = plan.shares.busiest(tiles, units) * _apart(plan.shares, 32 * problem.M * problem.strips)
+    cycles = plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m]
+    return busiest * (cycles + 10 * plan.block_m / units) + 25 * plan.block_m * plan.shares.parts
 
 
 def _transposed_microseconds(problem: Problem, plan: TransposedPlan | DequantizePlan) -> float:
-    """Estimate, on an H200: the kernel; or W as floats, then the vendor's product, which pays off for small layers."""
+    """Estimate, on an H200."""
     if isinstance(plan, TransposedPlan):
         return 2 + 1.15 * _cycles(problem, plan) / 1.7e3
+    return _floats_microseconds(problem, 16 * problem.strips)
+
+
+def _floats_microseconds(problem: Problem, terms: int) -> float:
+    """W as floats, then the vendor's product, of so many terms a sum, which pays off for small layers."""
     weights = problem.strips * 16 * problem.steps * 128
-    return 3.7 + 0.8e-6 * weights + max(0.024 * problem.strips, 2 * problem.M * weights / 680e6)
+    work = 2 * problem.M * weights
+    rate = 800e6 / (1 + 140 / terms) if work < 64e9 else 660e6  # short sums have their cost, long products lower clocks
+    return 5.0 + 0.7e-6 * weights + max(1.2e-3 * terms, work / rate)
 
 
-def microseconds(problem: Problem, plan: FusedPlan) -> float:
+def microseconds(problem: Problem, plan: Plan) -> float:
     """Estimate, on an H200: terabytes a second, and cycles of a warp for a strip and step as measured at 1.7 GHz."""
     if isinstance(plan, (DecodePlan, WidePlan)):
         return _few_microseconds(problem, plan)
     order = 2.0 + 256e-6 * problem.M * problem.steps if problem.ordered else 0.0  # by a launch before
     if isinstance(plan, LargePlan):
         return order + _large_microseconds(problem, plan)
+    if isinstance(plan, DequantizePlan):
+        return order + _floats_microseconds(problem, 128 * problem.steps)
     return order + _matmul_microseconds(problem, plan)
 
 
@@ -413,11 +433,23 @@ def _matmul_microseconds(problem: Problem, plan: MatmulPlan) -> float:
 
 
 def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
-    programs, streamed = plan.shares(problem)
-    arrival = programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
-    step = max(_LARGE_STEP[plan.block_m, plan.groups, -(-programs // problem.multiprocessors)], arrival)
-    tiles = -(-(plan.tiles(problem) - streamed) // programs)
-    steps = tiles * problem.steps + -(-streamed * problem.steps // programs)
-    parts = max(2, -(-programs // streamed)) if streamed else 0  # of a tile
-    apart = _APART if streamed and programs % streamed else 1.0
-    return 1.0 + steps * step * apart + parts * (0.35 + 0.0065 * plan.block_m)
+    shares, tiles = plan.shares(problem), plan.tiles(problem)
+    at_once = -(-shares.programs // problem.multiprocessors)
+    arrival = shares.programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
+    step = _LARGE_STEP[plan.block_m, plan.groups, at_once] + _EIGHT_BITS * plan.groups * (problem.bits == 8)
+    step += 0.28 * arrival / (plan.stages - 1) * plan.block_m / max(plan.block_m, problem.M)  # what sets out ahead
+    step *= _apart(shares, 256 * problem.M * problem.steps if plan.stages == 2 else 0)
+    step *= 0.87 + 0.13 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
+    if plan.block_m < 256 and problem.M > 512:  # clocks are lower: words are unpacked more often
+        step *= 1.03
+    begun = -(-(tiles - shares.streamed) // shares.programs) + (0 if not shares.streamed else 1 if shares.even else 2)
+    start = 1.66 + 0.0052 * plan.block_m - 0.47 * (plan.resident == 2)  # of two, one begins while another ends
+    others = 0.004 * plan.block_m * (begun - 1) + shares.parts * (0.4 + 0.006 * plan.block_m)
+    return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others
+
+
+def _apart(shares: Shares, nbytes: int) -> float:
+    """How much longer steps take because programs are at many places of x, of so many bytes, at a time."""
+    if shares.even:
+        return 1.0
+    return _APART if nbytes <= _SHARED_X else _FAR_APART

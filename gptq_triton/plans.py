@@ -1,11 +1,12 @@
 """What a product needs of a plan, and the plans: which kernel, with which tiles. Plain values.
 
-`dispatch.py` chooses, `tables.py` keeps what was measured, `product.py` launches.
+`dispatch.py` chooses, `tables.py` keeps what was measured, `launches.py` launches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -197,6 +198,45 @@ class MatmulPlan:
         return -(-problem.M // self.block_m) * -(-problem.strips // self.strips_of_program)
 
 
+class Shares(NamedTuple):
+    """Which programs have which tiles: some share the first ones evenly, the others are of one program each."""
+
+    programs: int
+    sharing: int  # of the programs, the first ones; as many as there are if no tile is shared
+    streamed: int  # tiles that these share
+
+    @classmethod
+    def of(cls, tiles: int, split: int, most: int) -> Shares:
+        """What so many programs at most do about tiles that do not come out even.
+
+        Args:
+            tiles: Of the result.
+            split: Programs that share one of the tiles left over when all programs have as many whole ones: so many if
+                they can run at once, else as many as can, tiles cut anywhere; 1: none do.
+            most: Programs.
+        """
+        left = tiles % most
+        if split == 1 or left == 0:
+            return cls(min(tiles, most), min(tiles, most), 0)
+        if left * split <= most:
+            return cls(left * split if tiles < most else most, left * split, left)
+        return cls(most, most, left if tiles < most or 2 * left >= most else left + most)
+
+    @property
+    def parts(self) -> int:
+        """Of a shared tile, at most."""
+        return max(2, -(-self.sharing // self.streamed)) if self.streamed else 0
+
+    @property
+    def even(self) -> bool:
+        """Whether tiles are cut at the same places, so that programs are at few of them at a time."""
+        return self.streamed == 0 or self.sharing % self.streamed == 0
+
+    def busiest(self, tiles: int, units: int) -> int:
+        """Units of the program that has the most, of tiles of so many units."""
+        return -(-(tiles - self.streamed) // self.programs) * units + -(-self.streamed * units // self.sharing)
+
+
 @dataclass(frozen=True)
 class LargePlan:
     """Tiles of `kernels/large.py`."""
@@ -204,7 +244,7 @@ class LargePlan:
     block_m: int
     groups: int
     stages: int
-    split: int  # programs that share a tile of y: so many if they can run at once, else as many as can; 1: none do
+    split: int  # as `Shares.of` takes it
     resident: int = 1  # programs of a multiprocessor at a time
 
     @property
@@ -216,14 +256,9 @@ class LargePlan:
         """Of y."""
         return -(-problem.M // self.block_m) * -(-problem.strips // self.strips_of_program)
 
-    def shares(self, problem: Problem) -> tuple[int, int]:
-        """Programs, and the tiles of y that they share evenly; others are of one program."""
-        tiles, most = self.tiles(problem), self.resident * problem.multiprocessors
-        if self.split == 1:
-            return min(most, tiles), 0
-        if tiles * self.split <= most:
-            return tiles * self.split, tiles
-        return most, tiles if tiles < most else left_over(tiles, most)
+    def shares(self, problem: Problem) -> Shares:
+        """Who has which tiles."""
+        return Shares.of(self.tiles(problem), self.split, self.resident * problem.multiprocessors)
 
 
 @dataclass(frozen=True)
@@ -241,23 +276,8 @@ class TransposedPlan:
     stages: int  # of 64 rows of W, in shared memory
     unit: int  # of stages between two waits of a warpgroup; programs that share a tile cut it there
     group_m: int  # blocks of rows of dy that go through W together
-    programs: int
-    streamed: int  # tiles of dx that several programs may share
+    shares: Shares  # of tiles of dx
 
 
 FusedPlan = DecodePlan | WidePlan | MatmulPlan | LargePlan
 Plan = FusedPlan | DequantizePlan
-
-
-def shared_evenly(tiles: int, most: int) -> tuple[int, int]:
-    """Programs, of so many at most, and the tiles that they share so that all have as much to do."""
-    if tiles < most:
-        whole = most // tiles * tiles  # every tile in equal parts
-        return whole if whole > 0.9 * most else most, tiles
-    return most, left_over(tiles, most)
-
-
-def left_over(tiles: int, programs: int) -> int:
-    """The tiles, of no fewer than programs, that these share so that all have as much to do."""
-    left = tiles % programs
-    return left if left == 0 or 2 * left >= programs else left + programs

@@ -455,4 +455,4 @@ def prepare_decode(
     rows = (dtype, None, None) if own_rows else (None, torch.int32, torch.int32)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     pointers = (*rows, torch.int32, torch.int32, bias, dtype, *meeting)
-    return prepare(decode_kernel, device, pointers, 7, names, num_warps=warps_n * warps_k, launch_pdl=pdl)
+    return prepare(decode_kernel, device, pointers, names, num_warps=warps_n * warps_k, launch_pdl=pdl)

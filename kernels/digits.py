@@ -192,7 +192,7 @@ def prepare_digits(
     """
     names = constants(dtype == torch.bfloat16, ordered, tiles, rows, subgroups, turns, aligned, pdl)
     pointers = (dtype, torch.int32 if ordered else None, torch.int32, torch.int32)
-    run = prepare(digits_kernel, device, pointers, 3, names, num_warps=1, launch_pdl=pdl)
+    run = prepare(digits_kernel, device, pointers, names, num_warps=1, launch_pdl=pdl)
 
     def launch(
         steps: int, M: int, stream: int, x: int, order: int | None, digits: int, sums: int, K: int, stride_xm: int

@@ -7,9 +7,9 @@ columns into a ring in shared memory, words, meta and x, by the tensor copy engi
 W for a tile of y: it turns words into weights in its registers, a quarter of a step at a time, which are the A operand
 of ``wgmma``, with x in shared memory as the B operand; while its products run, the other groups unpack.
 
-Programs are as many as can run at once, and take tile after tile. Tiles that they cannot share evenly, the *streamed*
-ones, are cut in ranges of k: the program that begins a tile waits for the partial sums of those that go on with it, all
-of which were started before it, and adds them in their order.
+Programs are as many as can run at once, and take tile after tile. Tiles that do not come out even, the *streamed* ones,
+are cut in ranges of k for all programs or some: the program that begins a tile waits for the partial sums of those that
+go on with it, all of which were started before it, and adds them in their order.
 
 Dispatch picks it above the rows that decode kernels are for, for scales of 16 bits. Weights are rounded to the dtype of
 x, as a dense weight would be. Source: this project.
@@ -40,10 +40,11 @@ from .warpgroups import (
     FLAT_LAYOUT,
     ROWS_LAYOUT,
     described,
+    extent,
+    first_tile,
     meet,
+    next_tile,
     offsets,
-    piece,
-    pieces,
     place,
     sums_layout,
 )
@@ -60,7 +61,7 @@ class Tiles(Form):
     Args:
         bits, bf16, scales_bf16, group_columns: As `Form` takes them.
         block_m: Rows of x of a tile: a power of two from 16 to 256.
-        groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
+        groups: Multiplying groups of a program, 64 rows of W each: 2, 3 or 4.
         stages: Steps in the ring.
         resident: Programs of a multiprocessor at a time: 1, or 2 of two groups and 64 rows of x at most.
         shares: Whether programs share tiles.
@@ -75,6 +76,7 @@ class Tiles(Form):
         super().__init__(bits, bf16, scales_bf16, group_columns)
         self.key += (block_m, groups, stages, resident, shares, bias, pdl)
         rows = 16 * STRIPS.value * groups
+        registers, copying = (104, 32) if resident == 2 else {2: (208, 40), 3: (160, 24), 4: (112, 24)}[groups]
         stage = 256 * block_m + rows * (16 * bits + 4 * self.subgroups)
         self.keep(
             block_m=block_m,
@@ -85,10 +87,21 @@ class Tiles(Form):
             bias=bias,
             pdl=pdl,
             rows=rows,
-            registers=104 if resident == 2 else {2: 240 if block_m > 128 else 208, 4: 112}[groups],
-            copying_registers=32 if resident == 2 else {2: 40, 4: 24}[groups],
+            pieces=3 if groups == 3 else 1,  # of a step's words in shared memory: strips are a power of two
+            registers=240 if block_m > 128 else registers,
+            copying_registers=copying,
             sums_layout=sums_layout(block_m),
         )
+
+
+@gluon.jit
+def _cut(shares, steps, C: gl.constexpr):
+    """Who has which tiles."""
+    sharing, streamed = shares
+    programs = gl.num_programs(0)
+    if C.shares:
+        return programs, sharing, streamed, steps
+    return programs, programs, 0, steps  # fewer divisions
 
 
 @gluon.jit
@@ -99,13 +112,15 @@ def _copy_weight(sources, ring, stage, tile_n, step, C: gl.constexpr):
     here = full.index(stage)
     strip = tile_n * STRIPS * C.groups
     mbarrier.expect(here, C.block_m * 256 + C.rows * (16 * C.bits + 4 * C.subgroups))
-    for v in gl.static_range(C.vectors):
-        at = ws.index(stage * C.vectors + v)
-        tma.async_copy_global_to_shared(words, [strip, step * 64 * C.bits + 128 * v], here, at)
-    if C.bits == 3:
-        tma.async_copy_global_to_shared(rest, [strip, step * 192 + 128], here, rs.index(stage))
     row = step * C.subgroups if C.subgroups > 1 else step // C.group_steps
-    tma.async_copy_global_to_shared(meta, [row, tile_n * C.rows], here, ms.index(stage))
+    for piece in gl.static_range(C.pieces):
+        at = stage + piece * C.stages
+        for v in gl.static_range(C.vectors):
+            to = ws.index(at * C.vectors + v)
+            tma.async_copy_global_to_shared(words, [strip + piece * STRIPS, step * 64 * C.bits + 128 * v], here, to)
+        if C.bits == 3:
+            tma.async_copy_global_to_shared(rest, [strip + piece * STRIPS, step * 192 + 128], here, rs.index(at))
+        tma.async_copy_global_to_shared(meta, [row, tile_n * C.rows + piece * 16 * STRIPS], here, ms.index(at))
 
 
 @gluon.jit
@@ -117,18 +132,18 @@ def _copy_x(x, ring, stage, tile_m, step, C: gl.constexpr):
 
 
 @gluon.jit
-def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
+def _copy(copies, C: gl.constexpr):
     """The copying warp."""
+    x, sources, ring, M, N, shares, steps = copies
     empty = ring[5]
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
-    programs = gl.num_programs(0)
-    p = programs - 1 - gl.program_id(0)
-    if not C.shares:
-        streamed = 0  # fewer divisions
+    p = gl.num_programs(0) - 1 - gl.program_id(0)
+    cut = _cut(shares, steps, C)
 
     # The weight does not depend on kernels before: as much of it as the ring holds sets out at once
-    tile, start, stop = piece(0, p, programs, streamed, steps)
+    tile = first_tile(p, cut)
+    start, stop = extent(tile, p, cut)
     tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
     ahead = gl.minimum(stop - start, C.stages)
     for i in range(ahead):
@@ -141,11 +156,10 @@ def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
 
     stage = ahead % C.stages
     phase = 1 - ahead // C.stages
-    for i in range(pieces(p, programs, streamed, tiles_m * tiles_n, steps)):
-        tile, start, stop = piece(i, p, programs, streamed, steps)
+    while tile < tiles_m * tiles_n:
+        start, stop = extent(tile, p, cut)
         tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
-        done = gl.where(i == 0, ahead, 0)
-        for step in range(start + done, stop):
+        for step in range(start + ahead, stop):
             mbarrier.wait(empty.index(stage), phase)
             _copy_weight(sources, ring, stage, tile_n, step, C)
             _copy_x(x, ring, stage, tile_m, step, C)
@@ -153,17 +167,22 @@ def _copy(x, sources, ring, M, N, steps, streamed, C: gl.constexpr):
             if stage == C.stages:
                 stage = 0
                 phase ^= 1
+        ahead = 0
+        tile = next_tile(tile, p, cut)
 
 
 @gluon.jit
 def _steps(acc, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.constexpr, A: gl.constexpr):
     """N steps, a product always on its way; at the end none is, or ptxas would wait for every one."""
     xs, ws, rs, ms, full, empty = ring
+    PIECE: gl.constexpr = group if C.pieces > 1 else 0  # which has my words
+    WITHIN: gl.constexpr = 0 if C.pieces > 1 else group  # it, where they are
     previous = stage
     for u in gl.static_range(N):
         mbarrier.wait(full.index(stage), phase)
-        q = load_words(ws, rs, stage, group, C)
-        m = load_meta(ms, stage, group, C)
+        at = stage + PIECE * C.stages
+        q = load_words(ws, rs, at, WITHIN, C)
+        m = load_meta(ms, at, WITHIN, C)
         for s in gl.static_range(4):
             a = weights(q[s], m[s * C.subgroups // 4], s, C, A)
             b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
@@ -191,24 +210,24 @@ def _halves(y, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C: gl.constexpr):
+def _multiply(group: gl.constexpr, work, C: gl.constexpr):
     """A multiplying group."""
+    ring, y, ys, bias_ptr, meeting, M, N, shares, steps = work
     workspace_ptr, counters_ptr = meeting
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     SHIFT: gl.constexpr = group * UNROLL // C.groups  # groups wait in turns
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
-    programs = gl.num_programs(0)
-    p = programs - 1 - gl.program_id(0)
-    if not C.shares:
-        streamed = 0  # fewer divisions
+    p = gl.num_programs(0) - 1 - gl.program_id(0)
+    cut = _cut(shares, steps, C)
     stage = 0
     phase = 0
     mine = ys.index(group)
-    for i in range(pieces(p, programs, streamed, tiles_m * tiles_n, steps)):
-        # Which tile is mine
-        tile, start, stop = piece(i, p, programs, streamed, steps)
+    tile = first_tile(p, cut)
+    while tile < tiles_m * tiles_n:
+        # Which part of the tile is mine
+        start, stop = extent(tile, p, cut)
         tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
         first_n = (tile_n * C.groups + group) * 16 * STRIPS
 
@@ -228,9 +247,8 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
         if C.shares:
             offs = offsets(C.block_m, C.sums_layout)
             acc = meet(
-                acc, group, tile, p, start, stop, programs, streamed, steps, workspace_ptr, counters_ptr, offs,
-                C.groups, mma, C.sums_layout,
-            )  # fmt: skip
+                acc, group, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, C.groups, mma, C.sums_layout
+            )
 
         # Store
         if start == 0:
@@ -246,20 +264,23 @@ def _multiply(group: gl.constexpr, ring, y, ys, bias_ptr, meeting, M, N, steps, 
                 fence_async_shared()
                 barrier()
                 tma.async_copy_shared_to_global(y, [tile_m * C.block_m + part * C.out_m, first_n], mine)
+        tile = next_tile(tile, p, cut)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "steps", "streamed"], do_not_specialize_on_alignment=["bias_ptr"])
+@gluon.jit(do_not_specialize=["M", "N", "steps", "sharing", "streamed"], do_not_specialize_on_alignment=["bias_ptr"])
 def large_kernel(
-    x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr, M, N, steps, streamed, C: gl.constexpr
+    x, words, rest, meta, y, bias_ptr, workspace_ptr, counters_ptr, M, N, steps, sharing, streamed, C: gl.constexpr
 ):
     """As many programs as there are multiprocessors, or units of work if these are fewer."""
     xs = gl.allocate_shared_memory(C.half, [2 * C.stages, C.block_m, 64], ROWS_LAYOUT)
-    ws = gl.allocate_shared_memory(gl.int32, [C.vectors * C.stages, STRIPS * C.groups, 128], FLAT_LAYOUT)
+    PIECES: gl.constexpr = C.pieces * C.stages
+    ROWS: gl.constexpr = C.rows // C.pieces
+    ws = gl.allocate_shared_memory(gl.int32, [C.vectors * PIECES, ROWS // 16, 128], FLAT_LAYOUT)
     rs = ws
     if C.bits == 3:
-        rs = gl.allocate_shared_memory(gl.int32, [C.stages, STRIPS * C.groups, 64], FLAT_LAYOUT)
-    ms = gl.allocate_shared_memory(gl.int32, [C.stages, C.subgroups, C.rows], FLAT_LAYOUT)
+        rs = gl.allocate_shared_memory(gl.int32, [PIECES, ROWS // 16, 64], FLAT_LAYOUT)
+    ms = gl.allocate_shared_memory(gl.int32, [PIECES, C.subgroups, ROWS], FLAT_LAYOUT)
     ys = gl.allocate_shared_memory(C.half, [C.groups, C.out_m, 16 * STRIPS], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
@@ -269,20 +290,23 @@ def large_kernel(
     sources = (words, rest, meta)
     ring = (xs, ws, rs, ms, full, empty)
     meeting = (workspace_ptr, counters_ptr)
+    shares = (sharing, streamed)
+    work = (ring, y, ys, bias_ptr, meeting, M, N, shares, steps)
+    copies = (x, sources, ring, M, N, shares, steps)
     if C.groups == 2:
         gl.warp_specialize(
-            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_copy, (x, sources, ring, M, N, steps, streamed, C))],
+            [(_multiply, (0, work, C)), (_multiply, (1, work, C)), (_copy, (copies, C))],
             [4, 1], [C.registers, C.copying_registers],
+        )  # fmt: skip
+    elif C.groups == 3:
+        gl.warp_specialize(
+            [(_multiply, (0, work, C)), (_multiply, (1, work, C)), (_multiply, (2, work, C)), (_copy, (copies, C))],
+            [4, 4, 1], [C.registers, C.registers, C.copying_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
-            [(_multiply, (0, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_multiply, (1, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_multiply, (2, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_multiply, (3, ring, y, ys, bias_ptr, meeting, M, N, steps, streamed, C)),
-             (_copy, (x, sources, ring, M, N, steps, streamed, C))],
+            [(_multiply, (0, work, C)), (_multiply, (1, work, C)), (_multiply, (2, work, C)),
+             (_multiply, (3, work, C)), (_copy, (copies, C))],
             [4, 4, 4, 1], [C.registers, C.registers, C.registers, C.copying_registers],
         )  # fmt: skip
 
@@ -301,18 +325,18 @@ def prepare_large(
         scales_bf16: Whether scales are bfloat16, not float16.
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
         block_m: Rows of x of a tile: a power of two from 16 to 256.
-        groups: Multiplying groups of a program, 64 rows of W each: 2 or 4.
+        groups: Multiplying groups of a program, 64 rows of W each: 2, 3 or 4.
         stages: Steps in the ring.
         resident: Programs of a multiprocessor at a time: 1, or 2 of two groups and 64 rows of x at most.
         shares: Whether programs may share tiles of y.
         pdl: Programmatic dependent launch.
 
     Returns:
-        ``launch(programs, streamed, stream, x, words, meta, y, bias, workspace, counters)``: x (M, K) and y (M, N) with
-        rows that start at multiples of 16 bytes, words int32 (strips, steps, 64 * bits), meta int32 (groups of columns,
-        16 * strips), a bias (N,) or its absence; of the workspace, 64 * groups * block_m float32 a program; of
-        counters, ``groups`` a streamed tile, zero before and after; both None if no tile is shared. Unless no tile is
-        streamed, the streamed ones have at least as many steps as there are programs.
+        ``launch(shares, stream, x, words, meta, y, bias, workspace, counters)``: a `plans.Shares` of y; x (M, K) and
+        y (M, N) with rows that start at multiples of 16 bytes, words int32 (strips, steps, 64 * bits), meta int32
+        (groups of columns, 16 * strips), a bias (N,) or its absence; of the workspace, 64 * groups * block_m float32 a
+        program that shares tiles; of counters, ``groups`` a streamed tile, zero before and after; both None if no tile
+        is shared.
     """
     C = Tiles(
         bits,
@@ -327,7 +351,7 @@ def prepare_large(
         bias is not None,
         pdl,
     )
-    subgroups, strips = max(1, 128 // group_columns), STRIPS.value * groups
+    subgroups, strips = max(1, 128 // group_columns), STRIPS.value * groups // C.pieces.value
     rows, flat = ROWS_LAYOUT.value, FLAT_LAYOUT.value
     boxes = [
         described(dtype, [block_m, 64], rows),
@@ -337,18 +361,19 @@ def prepare_large(
         described(dtype, [C.out_m.value, 64], rows),
     ]
     meeting = (torch.float32, torch.int32) if shares else (None, None)
-    options = {"num_warps": 4, "launch_pdl": pdl} | ({"maxnreg": REGISTERS} if resident == 2 else {})
-    run = prepare(large_kernel, device, (*boxes, bias, *meeting), 4, {"C": C}, **options)
+    options = {"num_warps": 4, "maxnreg": REGISTERS if resident == 2 else None, "launch_pdl": pdl}
+    run = prepare(large_kernel, device, (*boxes, bias, *meeting), {"C": C}, **options)
 
     def launch(
-        programs: int, streamed: int, stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor,
+        shares: tuple[int, int, int], stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor,
         bias: Tensor | None, workspace: Tensor | None, counters: Tensor | None,
     ) -> None:  # fmt: skip
+        programs, sharing, streamed = shares
         words_map = Map.of(words.view(len(words), -1))
         addresses = [None if t is None else t.data_ptr() for t in (bias, workspace, counters)]
         run(
             programs, 1, stream, Map.of(x), words_map, words_map, Map.of(meta), Map.of(y), *addresses,
-            *y.shape, words.shape[1], streamed,
+            *y.shape, words.shape[1], sharing, streamed,
         )  # fmt: skip
 
     return launch

@@ -45,7 +45,6 @@ def prepare(
     kernel: Any,
     device: int,
     pointers: tuple[Any, ...],
-    integers: int,
     constants: dict[str, Any],
     **options: Any,
 ) -> Launch:
@@ -55,7 +54,6 @@ def prepare(
         kernel: A jitted function whose parameters are pointers, then 32-bit integers, then constants.
         device: Index of the GPU.
         pointers: The dtype each points to; None where a tensor is absent; a descriptor of tensors where it is one.
-        integers: How many follow.
         constants: By name.
         options: Of the launch: num_warps, num_stages, launch_pdl.
 
@@ -63,6 +61,7 @@ def prepare(
         ``launch(grid_x, grid_y, stream, *pointers, *integers)``; a pointer is an address, or None, or
         a `Map` for a descriptor.
     """
+    integers = len(kernel.arg_names) - len(pointers) - len(constants)
     with torch.cuda.device(device):
         binary = kernel.warmup(*pointers, *[3] * integers, **constants, **options, grid=(1,))
         run, function, metadata = binary.run, binary.function, binary.packed_metadata
@@ -98,7 +97,7 @@ def run(
         return
     device = place.get_device()
     dtypes = tuple(None if tensor is None else tensor.dtype for tensor in pointers)
-    launch = _kept(kernel, device, dtypes, len(integers), tuple(constants.items()), tuple(options.items()))
+    launch = _kept(kernel, device, dtypes, tuple(constants.items()), tuple(options.items()))
     with torch.cuda.device(device):
         stream = torch._C._cuda_getCurrentRawStream(device)
         launch(*grid, stream, *[None if tensor is None else tensor.data_ptr() for tensor in pointers], *integers)
@@ -109,8 +108,7 @@ def _kept(
     kernel: Any,
     device: int,
     dtypes: tuple[Any, ...],
-    integers: int,
     constants: tuple[tuple[str, Any], ...],
     options: tuple[tuple[str, Any], ...],
 ) -> Launch:
-    return prepare(kernel, device, dtypes, integers, dict(constants), **dict(options))
+    return prepare(kernel, device, dtypes, dict(constants), **dict(options))

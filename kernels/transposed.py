@@ -7,9 +7,9 @@ warps needs of a strip just one word a lane (README.md). It becomes weights, rou
 ``movmatrix`` turns them over, and they are the A operand of wgmma, in registers. dy.T is its B operand, in shared
 memory. Another warp copies words, meta and dy there, some stages of four strips ahead.
 
-Programs are as many as can run at once. Tiles of dx that they cannot share evenly, the *streamed* ones, are cut in
-ranges of n: the program that begins a tile waits for the partial sums of those that go on with it, all of which were
-started before it, and adds them in their order.
+Programs are as many as can run at once. Tiles of dx that do not come out even, the *streamed* ones, are cut in ranges
+of n for all programs or some: the program that begins a tile waits for the partial sums of those that go on with it,
+all of which were started before it, and adds them in their order.
 
 Dispatch picks it on Hopper from M = 64 on, for scales of 16 bits. Source: this project.
 """
@@ -40,10 +40,11 @@ from .warpgroups import (
     FLAT_LAYOUT,
     ROWS_LAYOUT,
     described,
+    extent,
+    first_tile,
     meet,
+    next_tile,
     offsets,
-    piece,
-    pieces,
     place,
     sums_layout,
 )
@@ -51,17 +52,20 @@ from .warpgroups import (
 
 @gluon.jit
 def _copier(
-    dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty, streamed, blocks_m, steps, units,
+    dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty, shares, blocks_m, steps,
     F: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
     BYTES: gl.constexpr,
 ):  # fmt: skip
     """One warp: everything to shared memory, as soon as there is room."""
     programs = gl.num_programs(0)
     p = programs - 1 - gl.program_id(0)
+    sharing, streamed, units = shares
+    cut = (programs, sharing, streamed, units)
     slot = 0
     phase = 1
-    for i in range(pieces(p, programs, streamed, blocks_m * steps, units)):
-        tile, start, stop = piece(i, p, programs, streamed, units)
+    tile = first_tile(p, cut)
+    while tile < blocks_m * steps:
+        start, stop = extent(tile, p, cut)
         pm, step = place(tile, blocks_m, steps, GROUP_M)
         BLOCK_M: gl.constexpr = dy_s.shape[1]
         for stage in range(start * UNIT, stop * UNIT):
@@ -89,6 +93,7 @@ def _copier(
             if slot == STAGES:
                 slot = 0
                 phase = phase ^ 1
+        tile = next_tile(tile, p, cut)
 
 
 @gluon.jit
@@ -118,7 +123,7 @@ def _stages(
 @gluon.jit
 def _multiplier(
     UPPER: gl.constexpr, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-    streamed, blocks_m, steps, units, F: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
+    shares, blocks_m, steps, F: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
     R: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 columns of each tile of dx."""
@@ -128,12 +133,15 @@ def _multiplier(
     SHIFT: gl.constexpr = UNIT // 2  # the waits of the two warpgroups lie apart
     programs = gl.num_programs(0)
     p = programs - 1 - gl.program_id(0)
+    sharing, streamed, units = shares
+    cut = (programs, sharing, streamed, units)
     slot = 0
     phase = 0
     out = dx_s.index(UPPER)
     offs = offsets(BLOCK_M, R)
-    for i in range(pieces(p, programs, streamed, blocks_m * steps, units)):
-        tile, start, stop = piece(i, p, programs, streamed, units)
+    tile = first_tile(p, cut)
+    while tile < blocks_m * steps:
+        start, stop = extent(tile, p, cut)
         pm, step = place(tile, blocks_m, steps, GROUP_M)
         acc = gl.zeros((64, BLOCK_M), gl.float32, mma)
         if UPPER:
@@ -152,9 +160,7 @@ def _multiplier(
                 acc, slot, phase = _stages(
                     acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
                 )
-        acc = meet(
-            acc, UPPER, tile, p, start, stop, programs, streamed, units, workspace_ptr, counters_ptr, offs, 2, mma, R
-        )
+        acc = meet(acc, UPPER, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, 2, mma, R)
         if start == 0:
             tma.store_wait(0)
             barrier()
@@ -162,13 +168,14 @@ def _multiplier(
             fence_async_shared()
             barrier()
             tma.async_copy_shared_to_global(dx, [pm * BLOCK_M, step * 128 + 64 * UPPER], out)
+        tile = next_tile(tile, p, cut)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["streamed", "blocks_m", "steps", "units"])
+@gluon.jit(do_not_specialize=["sharing", "streamed", "blocks_m", "steps", "units"])
 def transposed_kernel(
     dy, words, low_words, meta, dx, workspace_ptr, counters_ptr,
-    streamed, blocks_m, steps, units,
+    sharing, streamed, blocks_m, steps, units,
     F: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr,
     UNIT: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
@@ -184,18 +191,19 @@ def transposed_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
+    shares = (sharing, streamed, units)
     BYTES: gl.constexpr = 16 * STAGE * (2 * BLOCK_M + 4 * F.subgroups + 16 * F.bits)
     gl.warp_specialize(
         [
             (_multiplier, (0, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, R)),
+                           shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R)),
             (_multiplier, (1, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-                           streamed, blocks_m, steps, units, F, GROUP_M, STAGES, UNIT, R)),
+                           shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R)),
             (_copier, (dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty,
-                       streamed, blocks_m, steps, units, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
+                       shares, blocks_m, steps, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
         ],
         [4, 1],
-        [232, 40],
+        [240, 24] if BLOCK_M == 256 else [232, 40],
     )  # fmt: skip
 
 
@@ -249,24 +257,24 @@ def prepare_transposed(
         group_m: Blocks of rows that go through the weight together.
 
     Returns:
-        ``multiply(programs, streamed, stream, dy, words, meta, dx, workspace, counters)``: tensors dy (M, N), words
-        (strips, steps, 64 * bits), meta (groups, 16 * strips) and dx (M, columns of the tiles that are wanted), rows of
-        each at multiples of 16 bytes; addresses of the workspace, 128 * block_m float32 a program, and of two zeroed
-        int32 counters a streamed tile, which are left zeroed. Unless no tile is streamed, the streamed ones have at
-        least as many units of 64 * unit rows of W as there are programs.
+        ``multiply(shares, stream, dy, words, meta, dx, workspace, counters)``: a `plans.Shares` of dx; tensors dy
+        (M, N), words (strips, steps, 64 * bits), meta (groups, 16 * strips) and dx (M, columns of the tiles that are
+        wanted), rows of each at multiples of 16 bytes; addresses of the workspace, 128 * block_m float32 a program that
+        shares tiles, and of two zeroed int32 counters a streamed tile, which are left zeroed.
     """
     names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, unit, group_m)
     boxes = [box and described(*box) for box in descriptors(names["F"], dtype, block_m)]
-    launch = prepare(transposed_kernel, device, (*boxes, torch.float32, torch.int32), 4, names, num_warps=4)
+    launch = prepare(transposed_kernel, device, (*boxes, torch.float32, torch.int32), names, num_warps=4)
 
     def multiply(
-        programs: int, streamed: int, stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,
+        shares: tuple[int, int, int], stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,
         workspace: int | None, counters: int | None,
     ) -> None:  # fmt: skip
+        programs, sharing, streamed = shares
         (strips, steps, _), words_map = words.shape, Map.of(words.view(len(words), -1))
         launch(
             programs, 1, stream, Map.of(dy), words_map, words_map if bits == 3 else None, Map.of(meta), Map.of(dx),
-            workspace, counters, streamed, -(-len(dy) // block_m), steps, -(-strips // (STAGE.value * unit)),
+            workspace, counters, sharing, streamed, -(-len(dy) // block_m), steps, -(-strips // (STAGE.value * unit)),
         )  # fmt: skip
 
     return multiply

@@ -80,40 +80,61 @@ def sharers(tile, programs, streamed, units):
     return first, (programs * (tile + 1) * units - 1) // total - first + 1
 
 
-@gluon.jit
-def pieces(p, programs, streamed, tiles, units):
-    """How many pieces of tiles program p has."""
-    lo, hi = share(p, programs, streamed, units)
-    return (hi + units - 1) // units - lo // units + max((tiles - streamed - p + programs - 1) // programs, 0)
+# A cut of tiles, of so many units each: how many programs there are, how many of them share tiles, and how many tiles
+# these share, which are the first. (programs, sharing, streamed, units)
 
 
 @gluon.jit
-def piece(i, p, programs, streamed, units):
-    """Piece i of program p: a tile, and its units from, to."""
-    lo, hi = share(p, programs, streamed, units)
-    first = lo // units
-    shared = (hi + units - 1) // units - first
-    tile = first + i if i < shared else streamed + p + (i - shared) * programs
-    start = max(lo - tile * units, 0) if i < shared else 0
-    stop = min(hi - tile * units, units) if i < shared else units
-    return tile, start, stop
+def _shared(p, cut):
+    """The units of streamed tiles that are program p's, if it shares any: from, to."""
+    _, sharing, streamed, units = cut
+    lo, hi = share(p, sharing, streamed, units)
+    return min(lo, streamed * units), min(hi, streamed * units)
 
 
 @gluon.jit
-def others(tile, p, programs, streamed, units):
+def first_tile(p, cut):
+    """The first tile that program p has units of; the number of tiles or more: it has none."""
+    _, _, streamed, units = cut
+    lo, hi = _shared(p, cut)
+    return lo // units if lo < hi else streamed + p
+
+
+@gluon.jit
+def next_tile(tile, p, cut):
+    """The tile after one of program p's."""
+    programs, _, streamed, units = cut
+    _, hi = _shared(p, cut)
+    shared = tile + 1 if (tile + 1) * units < hi else streamed + p
+    return shared if tile < streamed else tile + programs
+
+
+@gluon.jit
+def extent(tile, p, cut):
+    """The units of a tile that are program p's: from, to."""
+    _, _, streamed, units = cut
+    lo, hi = _shared(p, cut)
+    start = max(lo - tile * units, 0)
+    stop = min(hi - tile * units, units) if tile < streamed else units
+    return start, stop
+
+
+@gluon.jit
+def others(tile, p, cut):
     """How many programs go on with a tile that program p begins: p + 1, p + 2, ..."""
+    _, sharing, streamed, units = cut
     count = 0
-    _, reached = share(p, programs, streamed, units)
+    _, reached = share(p, sharing, streamed, units)
     while reached < (tile + 1) * units:
         count += 1
-        _, reached = share(p + count, programs, streamed, units)
+        _, reached = share(p + count, sharing, streamed, units)
     return count
 
 
 @gluon.jit
 def meet(
-    acc, part, tile, p, start, stop, programs, streamed, units, workspace_ptr, counters_ptr, offs,
-    PARTS: gl.constexpr, MMA: gl.constexpr, R: gl.constexpr,
+    acc, part, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, PARTS: gl.constexpr, MMA: gl.constexpr,
+    R: gl.constexpr,
 ):  # fmt: skip
     """Sums of a tile of several programs: one that goes on with it leaves them, the one that begins it has them all.
 
@@ -124,8 +145,8 @@ def meet(
     if start > 0:  # somebody else's tile
         gl.store(workspace_ptr + (p * PARTS + part) * (64 * BLOCK_M) + offs, by_registers(acc, R))
         arrive(counter)
-    elif stop < units:
-        more = others(tile, p, programs, streamed, units)
+    elif stop < cut[3]:
+        more = others(tile, p, cut)
         wait_for(counter, more)
         v = by_registers(acc, R)
         for j in range(1, more + 1):

@@ -320,7 +320,7 @@ def prepare_wide(
     digits_box = described(torch.int8, [chunk * 2 * rows, 128], DIGITS_LAYOUT.value)
     pointers = (digits_box, *[torch.int32] * 3, bias, dtype, *meeting)
     options = {"num_warps": warps, "maxnreg": max_registers, "launch_pdl": pdl}
-    run = prepare(wide_kernel, device, pointers, 5, names, **options)
+    run = prepare(wide_kernel, device, pointers, names, **options)
 
     def launch(
         programs: int, split: int, stream: int, x: None, digits: int, sums: int, words: int, meta: int,

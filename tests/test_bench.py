@@ -315,6 +315,11 @@ def test_plots_are_the_same_each_time(results):
 def test_targets_are_judged(results):
     report = targets.report(targets.Results(results))
     assert "not measured  QuantLinear(x)" in report
+    rows = json.loads((results / "decode.json").read_text())["rows"]
+    measured = {
+        tuple(r[name] for name in ("N", "K", "bits", "M")) for r in rows if r["provider"] == "ours" and "us" in r
+    }
+    assert f"{len(measured)} of 504 cases of decode are measured" in report.splitlines()
     verdicts = {line[24:]: line[:6] for line in report.splitlines() if line[:3] in ("met", "MIS")}
     assert any("humming" in text for text in verdicts)
     missed = {text for text, verdict in verdicts.items() if verdict == "MISSED"}

@@ -20,6 +20,7 @@ from gptq_triton.plans import (
     LargePlan,
     MatmulPlan,
     Problem,
+    Shares,
     TransposedPlan,
     WidePlan,
 )
@@ -83,10 +84,8 @@ def test_every_plan_can_be_launched(problem, batch_invariant):
             meta = 4 * max(1, 128 // problem.group_columns)
             used = plan.stages * (256 * plan.block_m + rows * (16 * problem.bits + meta)) + rows * plan.block_m
             assert used + (rows * plan.block_m if plan.stages > 2 else 0) <= SHARED_MEMORY["sm_90"] // plan.resident
-            programs, streamed = plan.shares(problem)
-            assert 1 <= programs <= plan.resident * problem.multiprocessors
-            assert 0 <= streamed <= plan.tiles(problem)
-            assert streamed == 0 or streamed * problem.steps >= programs  # a step or more for each
+            assert plan.shares(problem).programs <= plan.resident * problem.multiprocessors
+            check_numbers(plan.shares(problem), plan.tiles(problem), problem.steps)
         else:
             assert batch_invariant or problem.M <= 192
             assert plan.block_n % 32 == 0
@@ -107,9 +106,54 @@ def test_every_transposed_plan_can_be_launched(problem, M, aligned):
     assert plan.stages * (stage + 16) + 256 * plan.block_m + 512 <= SHARED_MEMORY["sm_90"]
     assert plan.stages >= 3
     tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
-    assert 1 <= plan.programs <= problem.multiprocessors
-    assert 0 <= plan.streamed <= tiles
-    assert plan.streamed == 0 or plan.streamed * units >= plan.programs  # a unit or more for each
+    assert plan.shares.programs <= problem.multiprocessors
+    check_numbers(plan.shares, tiles, units)
+
+
+def check_numbers(shares, tiles, units):
+    """The kernels can take them."""
+    assert 1 <= shares.sharing <= shares.programs <= tiles * units
+    assert 0 <= shares.streamed <= tiles
+    assert shares.streamed == 0 or shares.streamed * units >= shares.sharing  # a unit or more for each
+
+
+@given(st.integers(1, 3000), st.integers(1, 150), st.integers(1, 140), st.integers(1, 300))
+def test_tiles_left_over_are_shared(tiles, split, most, units):
+    shares, left = Shares.of(tiles, split, most), tiles % most
+    assert shares.busiest(tiles, units) * shares.programs >= tiles * units
+    assert shares.busiest(tiles, units) <= -(-tiles // most) * units  # never worse than alone
+    if split == 1:
+        assert shares.streamed == 0
+    elif left * split <= most:
+        assert shares.even
+        assert shares.busiest(tiles, units) == tiles // most * units + (-(-units // split) if left else 0)
+    else:  # as even as can be
+        assert shares.busiest(tiles, units) <= -(-tiles * units // most) + (tiles > most)
+
+
+@pytest.mark.parametrize("M", [1024, 2048])
+def test_rows_that_leave_the_cache_are_read_at_few_places(M):
+    problem = replace(H200, strips=320, steps=200, M=M)
+    plan = choose(problem)
+    assert isinstance(plan, LargePlan)
+    assert plan.block_m == 256
+    assert plan.shares(problem).even
+    assert plan.shares(problem).busiest(plan.tiles(problem), 200) < -(-plan.tiles(problem) // 132) * 200
+
+
+@pytest.mark.parametrize("M", [256, 1024])
+def test_small_layers_take_small_tiles(M):
+    plan = choose(replace(H200, strips=36, steps=5, M=M))
+    assert isinstance(plan, LargePlan)
+    assert plan.block_m <= 64
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "M", "kernel"), [(576, 1536, 512, True), (576, 1536, 8192, False), (4096, 4096, 8192, True)]
+)
+def test_many_rows_of_small_layers_take_floats(N, K, M, kernel):
+    problem = replace(H200, strips=N // 16, steps=-(-K // 128), M=M)
+    assert isinstance(choose(problem), LargePlan if kernel else DequantizePlan)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +172,7 @@ def schedule():
     transposed = pytest.importorskip("gptq_triton.kernels.transposed")
     assert transposed.STAGE.value == 4  # strips of a stage, as plans count them
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("share", "sharers", "pieces", "piece", "others", "place"):
+        for name in ("share", "sharers", "_shared", "first_tile", "next_tile", "extent", "others", "place"):
             patch.setattr(module, name, getattr(module, name).fn)
         yield module
 
@@ -138,25 +182,27 @@ def test_the_gradients_programs_share_its_tiles(schedule, problem, M):
     problem = replace(problem, M=M, arch="sm_90", half_scales=True, dtype=torch.float16)
     plan = transposed_tiles(problem)
     tiles, units = -(-M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
-    check_shares(schedule, plan.programs, plan.streamed, tiles, units)
+    check_shares(schedule, plan.shares, tiles, units)
 
 
 @given(problems, st.integers(17, 9000), st.data())
 def test_programs_share_tiles(schedule, problem, M, data):
     problem = replace(problem, M=M, arch="sm_90", half_scales=True, dtype=torch.float16, large=True)
     plan = data.draw(st.sampled_from([plan for plan in candidates(problem) if isinstance(plan, LargePlan)]))
-    check_shares(schedule, *plan.shares(problem), plan.tiles(problem), problem.steps)
+    check_shares(schedule, plan.shares(problem), plan.tiles(problem), problem.steps)
 
 
-def check_shares(schedule, programs, streamed, tiles, units):
+def check_shares(schedule, shares, tiles, units):
     """Every unit of every tile is one program's, and each knows of the others."""
-    numbers = programs, streamed
+    cut = (*shares, units)
     owners: dict[int, list[tuple[int, int, int]]] = {}
-    for p in range(programs):
-        for i in range(schedule.pieces(p, *numbers, tiles, units)):
-            tile, start, stop = schedule.piece(i, p, *numbers, units)
+    for p in range(shares.programs):
+        tile = schedule.first_tile(p, cut)
+        while tile < tiles:
+            start, stop = schedule.extent(tile, p, cut)
             assert 0 <= start < stop <= units
             owners.setdefault(tile, []).append((start, stop, p))
+            tile = schedule.next_tile(tile, p, cut)
     assert sorted(owners) == list(range(tiles))
     for tile, parts in owners.items():
         parts.sort()
@@ -165,9 +211,15 @@ def check_shares(schedule, programs, streamed, tiles, units):
         first = parts[0][2]
         assert [part[2] for part in parts] == list(range(first, first + len(parts)))
         if len(parts) > 1:
-            assert schedule.others(tile, first, *numbers, units) == len(parts) - 1
+            assert schedule.others(tile, first, cut) == len(parts) - 1
     unfinished = [p for parts in owners.values() for start, _, p in parts if start > 0]
     assert len(set(unfinished)) == len(unfinished)  # a program has room for the sums of one tile
+    assert all(p < shares.sharing for p in unfinished)  # which the workspace has
+    most = max(
+        sum(stop - start for parts in owners.values() for start, stop, q in parts if q == p)
+        for p in range(shares.programs)
+    )
+    assert most == shares.busiest(tiles, units)
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.data())

@@ -163,7 +163,7 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_pa
     for name, box in zip(pointers, boxes, strict=True):
         pointers[name] = box and f"tensordesc<{names[box[0]]}{box[1]},{box[2]!r}>"
     pointers |= {"workspace_ptr": "fp32", "counters_ptr": "i32"}
-    integers = ("streamed", "blocks_m", "steps", "units")
+    integers = ("sharing", "streamed", "blocks_m", "steps", "units")
     binary = compiled(transposed.transposed_kernel, pointers, integers, constants, "sm_90", num_warps=4)
     assert binary.metadata.shared <= SHARED_MEMORY["sm_90"]
     report = ptxas_report(binary, tmp_path)
@@ -201,7 +201,7 @@ def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias
         plan.resident, plan.split > 1, bias, True,
     )  # fmt: skip
     half, rows, flat = "bf16" if bf16 else "fp16", large.ROWS_LAYOUT.value, large.FLAT_LAYOUT.value
-    strips, subgroups = plan.strips_of_program, max(1, 128 // problem.group_columns)
+    strips, subgroups = plan.strips_of_program // tiles.pieces.value, max(1, 128 // problem.group_columns)
     pointers = {
         "x": f"tensordesc<{half}[{plan.block_m}, 64],{rows!r}>",
         "words": f"tensordesc<i32[{strips}, 128],{flat!r}>",
@@ -212,7 +212,7 @@ def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias
         "workspace_ptr": "fp32" if plan.split > 1 else None,
         "counters_ptr": "i32" if plan.split > 1 else None,
     }
-    integers = ("M", "N", "steps", "streamed")
+    integers = ("M", "N", "steps", "sharing", "streamed")
     options = {"maxnreg": large.REGISTERS} if plan.resident == 2 else {}
     return compiled(large.large_kernel, pointers, integers, {"C": tiles}, "sm_90", num_warps=4, **options)
 

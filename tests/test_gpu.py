@@ -12,12 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptq_triton import bounds, dispatch, layout, ops, plans, product, recording, reference, tables
+from gptq_triton import bounds, dispatch, launches, layout, ops, plans, product, recording, reference, tables
 from gptq_triton import hessian as hessian_module
 from gptq_triton.hessian import Hessian
 from gptq_triton.layout import tile_weight
 from gptq_triton.linear import QuantLinear
 from gptq_triton.packing import PackedWeight
+from gptq_triton.plans import Shares
 from gptq_triton.scratch import scratch_of
 from gptq_triton.solver import SolverOptions, solve
 from gptq_triton.spec import BITS, QuantSpec
@@ -148,18 +149,23 @@ def test_exact_data_gives_the_exact_answer(bits, dtype):
 
 
 @pytest.mark.parametrize(
-    ("group_size", "M"), [*((size, M) for size in (128, 32) for M in (3, 8, 16, 50, 100, 300)), (64, 3), (64, 8)]
+    ("bits", "group_size", "M"),
+    [
+        *((4, size, M) for size in (128, 32) for M in (3, 8, 16, 50, 100, 300)),
+        *((4, 64, M) for M in (3, 8)),
+        *((bits, 128, 100) for bits in (2, 3, 8)),
+    ],
 )
-def test_every_plan_gives_the_same_answer(group_size, M):
-    weight = random_weight(1536, 528, 4, group_size, exact=True, device=DEVICE)
+def test_every_plan_gives_the_same_answer(bits, group_size, M):
+    weight = random_weight(1536, 528, bits, group_size, exact=True, device=DEVICE)
     tiled = tile_weight(weight)
     x = exact_rows(M, 1536, torch.float16, device=DEVICE)
     expected = oracle(x, weight).half()
     problem = product.problem_of(M, torch.float16, 0, tiled)
-    operands = product.Operands.of(tiled, None, True)
+    operands = launches.Operands.of(tiled, None, True)
     for plan in dispatch.candidates(problem):
         y = torch.full_like(expected, float("nan"))
-        product.prepare_launch(problem, plan, operands, 0)(x, 1536, None, tiled, y)
+        launches.prepare_launch(problem, plan, operands, 0)(x, 1536, None, tiled, y)
         assert torch.equal(y, expected), plan
         if isinstance(plan, (plans.DecodePlan, plans.LargePlan)):  # few programs take one tile, or part, after another
             few = replace(problem, multiprocessors=4)
@@ -168,7 +174,7 @@ def test_every_plan_gives_the_same_answer(group_size, M):
                 if plan.own_digits and (plan := dispatch.with_own_digits(few, plan)) is None:
                     continue  # more rounds of digits than fit
             y = torch.full_like(expected, float("nan"))
-            product.prepare_launch(few, plan, operands, 0)(x, 1536, None, tiled, y)
+            launches.prepare_launch(few, plan, operands, 0)(x, 1536, None, tiled, y)
             assert torch.equal(y, expected), plan
 
 
@@ -179,7 +185,7 @@ def test_digits_are_the_same_wherever_they_are_found(group_size, M, dtype):
     tiled = tile_weight(weight)
     for rows in (random_rows(M, 1500, dtype, device=DEVICE), random_rows(M, 1501, dtype, device=DEVICE)[:, 1:]):
         problem = product.problem_of(M, dtype, 0, tiled)
-        operands = product.Operands.of(tiled, None, False)
+        operands = launches.Operands.of(tiled, None, False)
         for plan in dispatch.candidates(problem):
             assert isinstance(plan, plans.DecodePlan)
             own = dispatch.with_own_digits(problem, plan)
@@ -188,7 +194,7 @@ def test_digits_are_the_same_wherever_they_are_found(group_size, M, dtype):
             by_launch = replace(plan, own_digits=False, chunk=plan.depth)
             for each, aligned in ((by_launch, False), (own, False), (own, rows.stride(0) % 2 == 0)):
                 y = rows.new_full((M, 200), float("nan"))
-                launch = product.prepare_launch(problem, each, replace(operands, aligned=aligned), 0)
+                launch = launches.prepare_launch(problem, each, replace(operands, aligned=aligned), 0)
                 launch(rows, rows.stride(0), None, tiled, y)
                 found.append(y)
             assert torch.equal(found[0], found[1]), plan
@@ -308,10 +314,11 @@ def test_programs_share_the_tiles_of_gradients(bits, dtype, scales, group_size, 
         for rows in dispatch._TRANSPOSED_CYCLES:
             plan = dispatch.transposed_plan(problem, rows)
             tiles, units = -(-M // rows) * tiled.steps, -(-tiled.strips // (4 * plan.unit))
-            # as dispatch has it; nothing shared; everything shared, by few and by as many as can be
-            shares = [(7, 0), (7, tiles), (min(132, tiles * units), tiles)]
-            for programs, streamed in [(plan.programs, plan.streamed), *shares]:
-                chosen = replace(plan, programs=programs, streamed=streamed)
+            # as dispatch has it; nothing shared; everything shared, by few and by as many as can be; by some
+            everything, some = min(132, tiles * units), min(tiles, 3)
+            cuts = [(7, 7, 0), (7, 7, tiles), (everything, everything, tiles), (8, 2 * some, some)]
+            for shares in [plan.shares, *(Shares(*cut) for cut in cuts)]:
+                chosen = replace(plan, shares=shares)
                 monkeypatch.setattr(dispatch, "choose_transposed", lambda *_, chosen=chosen, **__: chosen)
                 dx = ops.matmul_transposed(dy, tiled)
                 assert_close(dx, dy, weight, transposed=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_triton import dispatch, plans, product, tables, tuning
+from gptq_triton import dispatch, launches, plans, product, tables, tuning
 from gptq_triton.layout import TiledWeight, tile_weight, unpack_meta, untile
 from gptq_triton.linear import QuantLinear
 from gptq_triton.plans import DecodePlan, MatmulPlan, WidePlan
@@ -52,19 +52,17 @@ class Kernels:
     def prepare_wide(self, *given: Any, **options: Any) -> Any:
         return self._prepare("wide", *given, **options)
 
-    def prepare_large(self, device, dtype, bias_dtype, *, bits, scales_bf16, group_columns, pdl, **plan) -> Any:
-        block_m, rows, split = plan["block_m"], 64 * plan["groups"], plan["split"]
-
-        def launch(programs, stream, x, words, meta, y, bias, workspace, counters) -> None:
+    def prepare_large(self, device, dtype, bias_dtype, *, bits, scales_bf16, group_columns, pdl, shares, **plan) -> Any:
+        def launch(cut, stream, x, words, meta, y, bias, workspace, counters) -> None:
             assert x.stride(0) % 8 == y.stride(0) % 8 == 0
-            tiles = math.ceil(len(y) / block_m) * math.ceil(y.shape[1] / rows)
-            assert 1 <= programs <= min(132, tiles * split)
-            assert (workspace is None) == (counters is None) == (split == 1)
-            if split > 1:
-                assert workspace.numel() >= split * tiles * block_m * rows
-                assert counters.numel() >= tiles * plan["groups"]
+            assert cut.programs <= 132 * plan["resident"]
+            assert shares == (cut.streamed > 0) == (workspace is not None) == (counters is not None)
+            if shares:
+                assert workspace.numel() == cut.sharing * plan["block_m"] * 64 * plan["groups"]
+                assert counters.numel() == cut.streamed * plan["groups"]
             assert dtype == y.dtype
             assert bias_dtype == (None if bias is None else bias.dtype)
+            self.launches.append(("large", plan, cut))
             self.matmul(
                 x, words, meta, None, bias, y, None, None,
                 bits=bits, group_columns=group_columns, scales_bf16=scales_bf16, split=1,
@@ -90,12 +88,12 @@ class Kernels:
         y.copy_(out if bias is None else out + bias.double())
 
     def prepare_transposed(self, device: int, dtype: torch.dtype, *, bits, scales_bf16, group_columns, **plan):
-        def multiply(programs, streamed, stream, dy, words, meta, dx, workspace, counters):
+        def multiply(shares, stream, dy, words, meta, dx, workspace, counters):
             assert dy.data_ptr() % 16 == dy.stride(0) % 8 == dx.stride(0) % 8 == 0
             assert dy.stride(1) == 1
             w = floats(words, meta, None, bits, group_columns, scales_bf16)
             dx.copy_(dy.double() @ w[: dx.shape[1], : dy.shape[1]].t())
-            self.launches.append(("transposed", plan, (programs, streamed, workspace, counters)))
+            self.launches.append(("transposed", plan, (shares, workspace, counters)))
 
         return multiply
 
@@ -121,8 +119,8 @@ class Scratch:
 def gpu(monkeypatch):
     """A machine with one H200 whose tensors are on the CPU."""
     kernels, scratch = Kernels(), Scratch()
-    monkeypatch.setattr(product, "_kernels", kernels)
-    monkeypatch.setattr(product, "scratch_of", lambda device: scratch)
+    monkeypatch.setattr(launches, "kernels", kernels)
+    monkeypatch.setattr(launches, "scratch_of", lambda device: scratch)
     monkeypatch.setattr(product, "gpu", lambda device: ("sm_90", 132))
     monkeypatch.setattr(product, "gpu_name", lambda device: "h200")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -150,6 +148,16 @@ def test_rows_of_regimes_without_digits(gpu, M, act_order, group_size):
     assert_close(product.product_transposed(dy, tiled), dy, weight, transposed=True)
 
 
+@pytest.mark.parametrize(("M", "N", "K", "shared"), [(64, 96, 1024, True), (300, 1040, 128, False)])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_many_rows_take_their_kernel(gpu, M, N, K, shared, act_order):
+    weight = random_weight(K, N, 4, 128, act_order=act_order)
+    x, bias = random_rows(M, K, torch.bfloat16), random_rows(1, N, torch.bfloat16, seed=1)[0]
+    assert_close(product.product(x, bias, tile_weight(weight)), x, weight, bias)
+    ((name, _, cut),) = gpu.kernels.launches
+    assert (name, cut.streamed > 0) == ("large", shared)
+
+
 @pytest.mark.parametrize(("M", "N", "K", "group_size", "act_order"), [
     (64, 96, 304, 32, False), (300, 1040, 1000, 100, True), (4000, 512, 1024, 128, False), (513, 4096, 256, -1, False),
 ])  # fmt: skip
@@ -170,11 +178,11 @@ def test_gradients_of_many_rows_take_their_kernel(gpu, monkeypatch, M, N, K, gro
         gpu.kernels.launches.clear()
         dx = product.product_transposed(same, tiled)
         assert_close(dx, dy, weight, transposed=True)
-        ((name, plan, (programs, streamed, workspace, counters)),) = gpu.kernels.launches
+        ((name, plan, (shares, workspace, counters)),) = gpu.kernels.launches
         assert name == "transposed"
         assert (workspace, counters) == (gpu.scratch.memory.data_ptr(), gpu.scratch.zeros.data_ptr())
-        assert gpu.scratch.memory.numel() == (programs * 128 * plan["block_m"] if streamed else 0)
-        assert gpu.scratch.zeros.numel() == 2 * streamed
+        assert gpu.scratch.memory.numel() == (shares.sharing * 128 * plan["block_m"] if shares.streamed else 0)
+        assert gpu.scratch.zeros.numel() == 2 * shares.streamed
 
 
 def test_rows_that_start_anywhere_are_multiplied_by_slabs(gpu):
@@ -203,7 +211,7 @@ def test_the_vendor_may_add_halves_again_afterwards():
         for allowed in ((True, False), (True, True)):
             for name, value in zip(names, allowed, strict=True):
                 setattr(settings, name, value)
-            with contextlib.suppress(ZeroDivisionError), product._sums_of_floats():
+            with contextlib.suppress(ZeroDivisionError), launches._sums_of_floats():
                 assert not any(getattr(settings, name) for name in names)
                 raise ZeroDivisionError
             assert tuple(getattr(settings, name) for name in names) == allowed
@@ -230,8 +238,8 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order, mult
             continue
         gpu.kernels.launches.clear()
         y = torch.empty(M, 530, dtype=torch.float16)
-        operands = product.Operands.of(tiled, bias, True)
-        product.prepare_launch(problem, plan, operands, 0)(x, 1536, bias, tiled, y)
+        operands = launches.Operands.of(tiled, bias, True)
+        launches.prepare_launch(problem, plan, operands, 0)(x, 1536, bias, tiled, y)
         if isinstance(plan, DecodePlan) and plan.own_digits:
             ((kind, taken, main),) = gpu.kernels.launches
             assert (kind, taken["own_rows"], taken["aligned"]) == ("decode", M, True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from gptq_triton import product
+from gptq_triton import launches
 from gptq_triton.plans import DecodePlan, DequantizePlan, MatmulPlan, Plan, Problem, WidePlan
 
 Job = tuple[Problem, Plan]
@@ -20,8 +20,8 @@ def compile_plan(job: Job) -> None:
     torch.set_num_threads(1)
     problem, plan = job
     half = torch.bfloat16 if problem.dtype == torch.bfloat16 else torch.float16
-    operands = product.Operands(problem.steps * 128, problem.strips * 16, None, half, True)
-    product.prepare_launch(problem, plan, operands, 0)
+    operands = launches.Operands(problem.steps * 128, problem.strips * 16, None, half, True)
+    launches.prepare_launch(problem, plan, operands, 0)
 
 
 def distinct(jobs: Iterable[Job]) -> list[Job]:

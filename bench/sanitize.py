@@ -71,7 +71,7 @@ def products(bits: int) -> int:
     Raises:
         ArithmeticError: A result is not the exact one.
     """
-    from gptq_triton import dispatch, ops, product
+    from gptq_triton import dispatch, launches, ops, product
     from gptq_triton.bounds import oracle
     from gptq_triton.layout import tile_weight
     from gptq_triton.samples import random_weight
@@ -81,7 +81,7 @@ def products(bits: int) -> int:
 
     weight = random_weight(K, N, bits, 128, exact=True)
     tiled = tile_weight(random_weight(K, N, bits, 128, exact=True, device="cuda"))
-    operands, count = product.Operands.of(tiled, None, True), 0
+    operands, count = launches.Operands.of(tiled, None, True), 0
     for M in ROWS:
         x, dy = (exact_rows(M, width, torch.float16) for width in (K, N))
         expected = oracle(x, weight).half()
@@ -94,7 +94,7 @@ def products(bits: int) -> int:
                 plans[kind] = plan
         for plan in plans.values():
             y = torch.empty(M, N, dtype=torch.float16, device="cuda")
-            product.prepare_launch(problem, plan, operands, 0)(x.cuda(), K, None, tiled, y)
+            launches.prepare_launch(problem, plan, operands, 0)(x.cuda(), K, None, tiled, y)
             if not torch.equal(y.cpu(), expected):
                 raise ArithmeticError(f"{plan} of {problem} does not give the exact result")
         if not torch.equal(ops.matmul_transposed(dy.cuda(), tiled).cpu(), oracle(dy, weight, transposed=True).half()):

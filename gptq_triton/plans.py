@@ -1,6 +1,6 @@
 """What a product needs of a plan, and the plans: which kernel, with which tiles. Plain values.
 
-`dispatch.py` chooses, `tables.py` keeps what was measured, `product.py` launches.
+`dispatch.py` chooses, `tables.py` keeps what was measured, `launches.py` launches.
 """
 
 from __future__ import annotations

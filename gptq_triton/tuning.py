@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from . import dispatch, product, tables
+from . import dispatch, launches, product, tables
 from .layout import TiledWeight
 from .linear import QuantLinear
 from .plans import FusedPlan, Problem
@@ -121,8 +121,8 @@ class _Captured:
         weight = copies[0]
         self.x = torch.randn(problem.M, weight.K, dtype=problem.dtype, device=weight.words.device)
         self.y = torch.empty(problem.M, weight.N, dtype=problem.dtype, device=weight.words.device)
-        operands = product.Operands.of(weight, None, weight.K % 8 == 0)
-        launch = product.prepare_launch(problem, plan, operands, self.x.get_device())
+        operands = launches.Operands.of(weight, None, weight.K % 8 == 0)
+        launch = launches.prepare_launch(problem, plan, operands, self.x.get_device())
         for copy in copies[:2]:
             launch(self.x, weight.K, None, copy, self.y)
         self.calls = copies * math.ceil(8 / len(copies))

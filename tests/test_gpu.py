@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptq_triton import bounds, dispatch, layout, ops, plans, product, recording, reference, tables
+from gptq_triton import bounds, dispatch, launches, layout, ops, plans, product, recording, reference, tables
 from gptq_triton import hessian as hessian_module
 from gptq_triton.hessian import Hessian
 from gptq_triton.layout import tile_weight
@@ -162,10 +162,10 @@ def test_every_plan_gives_the_same_answer(bits, group_size, M):
     x = exact_rows(M, 1536, torch.float16, device=DEVICE)
     expected = oracle(x, weight).half()
     problem = product.problem_of(M, torch.float16, 0, tiled)
-    operands = product.Operands.of(tiled, None, True)
+    operands = launches.Operands.of(tiled, None, True)
     for plan in dispatch.candidates(problem):
         y = torch.full_like(expected, float("nan"))
-        product.prepare_launch(problem, plan, operands, 0)(x, 1536, None, tiled, y)
+        launches.prepare_launch(problem, plan, operands, 0)(x, 1536, None, tiled, y)
         assert torch.equal(y, expected), plan
         if isinstance(plan, (plans.DecodePlan, plans.LargePlan)):  # few programs take one tile, or part, after another
             few = replace(problem, multiprocessors=4)
@@ -174,7 +174,7 @@ def test_every_plan_gives_the_same_answer(bits, group_size, M):
                 if plan.own_digits and (plan := dispatch.with_own_digits(few, plan)) is None:
                     continue  # more rounds of digits than fit
             y = torch.full_like(expected, float("nan"))
-            product.prepare_launch(few, plan, operands, 0)(x, 1536, None, tiled, y)
+            launches.prepare_launch(few, plan, operands, 0)(x, 1536, None, tiled, y)
             assert torch.equal(y, expected), plan
 
 
@@ -185,7 +185,7 @@ def test_digits_are_the_same_wherever_they_are_found(group_size, M, dtype):
     tiled = tile_weight(weight)
     for rows in (random_rows(M, 1500, dtype, device=DEVICE), random_rows(M, 1501, dtype, device=DEVICE)[:, 1:]):
         problem = product.problem_of(M, dtype, 0, tiled)
-        operands = product.Operands.of(tiled, None, False)
+        operands = launches.Operands.of(tiled, None, False)
         for plan in dispatch.candidates(problem):
             assert isinstance(plan, plans.DecodePlan)
             own = dispatch.with_own_digits(problem, plan)
@@ -194,7 +194,7 @@ def test_digits_are_the_same_wherever_they_are_found(group_size, M, dtype):
             by_launch = replace(plan, own_digits=False, chunk=plan.depth)
             for each, aligned in ((by_launch, False), (own, False), (own, rows.stride(0) % 2 == 0)):
                 y = rows.new_full((M, 200), float("nan"))
-                launch = product.prepare_launch(problem, each, replace(operands, aligned=aligned), 0)
+                launch = launches.prepare_launch(problem, each, replace(operands, aligned=aligned), 0)
                 launch(rows, rows.stride(0), None, tiled, y)
                 found.append(y)
             assert torch.equal(found[0], found[1]), plan

@@ -156,7 +156,7 @@ def test_the_cpu_needs_neither_triton_nor_a_gpu():
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
-from gptq_triton import ops, product
+from gptq_triton import launches, ops
 from gptq_triton.packing import pack_weight
 from gptq_triton.spec import QuantSpec
 weight = pack_weight(torch.ones(32, 32), torch.ones(1, 32), torch.zeros(1, 32), None, QuantSpec(4, -1))
@@ -164,7 +164,7 @@ assert bool((ops.matmul(torch.ones(2, 32), weight) == 32).all())
 assert not [name for name in sys.modules if name.startswith("gptq_triton.kernels")]
 assert not torch.cuda.is_initialized()
 try:
-    product._kernels("matmul")
+    launches.kernels("matmul")
 except RuntimeError as error:
     assert "triton" in str(error)
 else:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_triton import dispatch, plans, product, tables, tuning
+from gptq_triton import dispatch, launches, plans, product, tables, tuning
 from gptq_triton.layout import TiledWeight, tile_weight, unpack_meta, untile
 from gptq_triton.linear import QuantLinear
 from gptq_triton.plans import DecodePlan, MatmulPlan, WidePlan
@@ -119,8 +119,8 @@ class Scratch:
 def gpu(monkeypatch):
     """A machine with one H200 whose tensors are on the CPU."""
     kernels, scratch = Kernels(), Scratch()
-    monkeypatch.setattr(product, "_kernels", kernels)
-    monkeypatch.setattr(product, "scratch_of", lambda device: scratch)
+    monkeypatch.setattr(launches, "kernels", kernels)
+    monkeypatch.setattr(launches, "scratch_of", lambda device: scratch)
     monkeypatch.setattr(product, "gpu", lambda device: ("sm_90", 132))
     monkeypatch.setattr(product, "gpu_name", lambda device: "h200")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -211,7 +211,7 @@ def test_the_vendor_may_add_halves_again_afterwards():
         for allowed in ((True, False), (True, True)):
             for name, value in zip(names, allowed, strict=True):
                 setattr(settings, name, value)
-            with contextlib.suppress(ZeroDivisionError), product._sums_of_floats():
+            with contextlib.suppress(ZeroDivisionError), launches._sums_of_floats():
                 assert not any(getattr(settings, name) for name in names)
                 raise ZeroDivisionError
             assert tuple(getattr(settings, name) for name in names) == allowed
@@ -238,8 +238,8 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order, mult
             continue
         gpu.kernels.launches.clear()
         y = torch.empty(M, 530, dtype=torch.float16)
-        operands = product.Operands.of(tiled, bias, True)
-        product.prepare_launch(problem, plan, operands, 0)(x, 1536, bias, tiled, y)
+        operands = launches.Operands.of(tiled, bias, True)
+        launches.prepare_launch(problem, plan, operands, 0)(x, 1536, bias, tiled, y)
         if isinstance(plan, DecodePlan) and plan.own_digits:
             ((kind, taken, main),) = gpu.kernels.launches
             assert (kind, taken["own_rows"], taken["aligned"]) == ("decode", M, True)

@@ -48,6 +48,14 @@ class Ledger:
         """Whether this provider's row of this case needs no measurement."""
         return self._key(row) in self._fresh
 
+    def found(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """What the file has for this provider and case."""
+        return next((each for each in self.rows if self._key(each) == self._key(row)), None)
+
+    def again(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Measure these rows again."""
+        self._fresh -= {self._key(row) for row in rows}
+
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add the rows of one case, in place of older ones, and save."""
         fresh = [row | {"run": len(self.runs) - 1} for row in rows]

@@ -129,6 +129,13 @@ def main() -> None:
     run = provenance(METHOD) | {"suite": options.suite, "ceilings": asdict(ceilings)}
     ledger = Ledger(options.out or folder() / f"{options.suite}.json", run, retry=options.retry, renew=options.renew)
 
+    if options.changed:
+        ours = PROVIDERS["ours"]
+        for case in cases:
+            row = ledger.found({"provider": ours.name, **asdict(case)})
+            if row is not None and row.get("plan") != ours.plan(case):
+                ledger.again({"provider": provider.name, **asdict(case)} for provider in providers)
+
     def missing(case: Case) -> list[Provider]:
         return [p for p in providers if not ledger.has({"provider": p.name, **asdict(case)})]
 
@@ -165,6 +172,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many seconds")
     parser.add_argument("--retry", action="store_true", help="measure again what failed")
     parser.add_argument("--renew", action="store_true", help="measure again what another commit measured")
+    parser.add_argument("--changed", action="store_true", help="measure again what dispatch has another plan for now")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 

@@ -164,3 +164,18 @@ def linear(registers: list, lanes: list, warps: list, shape: list) -> gl.Distrib
 def bits_of(size: int) -> list[int]:
     """1, 2, 4, ... below a power of two."""
     return [1 << i for i in range(size.bit_length() - 1)]
+
+
+@gluon.jit
+def share(p, programs, streamed, units):
+    """The units of streamed tiles that are program p's: from, to."""
+    total = streamed * units
+    return total * p // programs, total * (p + 1) // programs
+
+
+@gluon.jit
+def sharers(tile, programs, streamed, units):
+    """The first program that has units of a streamed tile, and how many have some."""
+    total = streamed * units
+    first = (programs * (tile * units + 1) - 1) // total
+    return first, (programs * (tile + 1) * units - 1) // total - first + 1

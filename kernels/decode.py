@@ -44,12 +44,13 @@ from .common import (
     load_meta,
     load_words,
     scales_and_zeros,
+    share,
+    sharers,
     unpack,
     wait_for,
 )
 from .launch import Launch, prepare
 from .own_digits import Halves, write_digits
-from .warpgroups import share, sharers
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import MockTensor
 
-from .common import arrive, barrier, bits_of, linear, wait_for
+from .common import arrive, barrier, bits_of, linear, share, wait_for
 
 ROWS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # of operands and results, 64 columns of halves
 FLAT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))  # of words
@@ -63,21 +63,6 @@ def place(tile, blocks_m, columns, GROUP_M: gl.constexpr):
     rows = min(blocks_m - group * GROUP_M, GROUP_M)
     within = tile - group * GROUP_M * columns
     return group * GROUP_M + within % rows, within // rows
-
-
-@gluon.jit
-def share(p, programs, streamed, units):
-    """The units of streamed tiles that are program p's: from, to."""
-    total = streamed * units
-    return total * p // programs, total * (p + 1) // programs
-
-
-@gluon.jit
-def sharers(tile, programs, streamed, units):
-    """The first program that has units of a streamed tile, and how many have some."""
-    total = streamed * units
-    first = (programs * (tile * units + 1) - 1) // total
-    return first, (programs * (tile + 1) * units - 1) // total - first + 1
 
 
 # A cut of tiles, of so many units each: how many programs there are, how many of them share tiles, and how many tiles

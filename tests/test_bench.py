@@ -235,6 +235,10 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert again.has(row("cublas", 9.0)), "what failed is not tried again by itself"
     assert not again.has(row("humming", 9.0))
     assert not ledger.Ledger(path, {"commit": "b"}, retry=True).has(row("cublas", 9.0))
+    again.again([row("ours", 9.0)])
+    assert not again.has(row("ours", 9.0))
+    assert (again.found(row("ours", 9.0)) or {})["us"] == 2.0
+    assert again.found(row("humming", 9.0)) is None
     renewed = ledger.Ledger(path, {"commit": "b"}, renew=True)
     assert not renewed.has(row("ours", 9.0))
     renewed.add([row("ours", 1.0)])

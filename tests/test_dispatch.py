@@ -172,7 +172,7 @@ def schedule():
     transposed = pytest.importorskip("gptq_triton.kernels.transposed")
     assert transposed.STAGE.value == 4  # strips of a stage, as plans count them
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("share", "sharers", "_shared", "first_tile", "next_tile", "extent", "others", "place"):
+        for name in ("share", "_shared", "first_tile", "next_tile", "extent", "others", "place"):
             patch.setattr(module, name, getattr(module, name).fn)
         yield module
 
@@ -223,16 +223,18 @@ def check_shares(schedule, shares, tiles, units):
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.data())
-def test_equal_shares_of_tiles_meet(schedule, tiles, rounds, data):
+def test_equal_shares_of_tiles_meet(tiles, rounds, data):
+    common = pytest.importorskip("gptq_triton.kernels.common")
+    share, sharers = common.share.fn, common.sharers.fn
     programs = data.draw(st.integers(1, tiles * rounds))
     owners = {}  # of rounds
     for p in range(programs):
-        start, stop = schedule.share(p, programs, tiles, rounds)
+        start, stop = share(p, programs, tiles, rounds)
         assert tiles * rounds // programs <= stop - start <= math.ceil(tiles * rounds / programs)
         owners |= dict.fromkeys(range(start, stop), p)
     assert sorted(owners) == list(range(tiles * rounds))
     for tile in range(tiles):
-        first, count = schedule.sharers(tile, programs, tiles, rounds)
+        first, count = sharers(tile, programs, tiles, rounds)
         assert {owners[tile * rounds + i] for i in range(rounds)} == set(range(first, first + count))
 
 

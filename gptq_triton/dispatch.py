@@ -75,7 +75,7 @@ def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPl
     _check_dtype(problem.dtype)
     if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
         return _dequantize(problem)
-    plans = transposed_tiles(problem), _dequantize(problem)
+    plans = *transposed_plans(problem), _dequantize(problem)
     return min(plans, key=lambda plan: _transposed_microseconds(problem, plan))
 
 
@@ -302,46 +302,38 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
 
-# cycles of a program for eight stages and a step, by rows of a tile, on an H200
-_TRANSPOSED_CYCLES = {64: 5400, 128: 6300, 256: 9000}
+# rows of dy of a tile, programs that fit a multiprocessor, stages between two waits
+_TRANSPOSED = (32, 2, 4), (64, 2, 4), (64, 1, 8), (128, 1, 4), (128, 1, 8), (256, 1, 8)
+# microseconds of a program for a stage of 64 rows of W, by rows and programs that a multiprocessor has, on an H200
+_TRANSPOSED_STAGE = {(32, 1): 0.35, (32, 2): 0.55, (64, 1): 0.45, (64, 2): 0.7, (128, 1): 0.53, (256, 1): 0.76}
 
 
-def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
-    """The plan for ``dy @ W.T`` with tiles of so many rows."""
-    stage = 64 * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
-    stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * block_m - 1024) // stage)
-    unit = 4 if problem.bits == 3 else 8  # eight stages of 3 bits take more registers than there are
-    tiles, units = _cut(problem, block_m, unit)
-    most = problem.multiprocessors
-    # the last cuts tiles anywhere
-    splits = range(1, min(units, most // (tiles % most or most) + 1) + 1)
-    plans = [TransposedPlan(block_m, stages, unit, 8, Shares.of(tiles, split, most)) for split in splits]
-    return min(plans, key=lambda plan: _cycles(problem, plan))
-
-
-def transposed_tiles(problem: Problem) -> TransposedPlan:
-    """The kernel's plan for ``dy @ W.T`` that takes the least time."""
-    return min((transposed_plan(problem, rows) for rows in _TRANSPOSED_CYCLES), key=lambda plan: _cycles(problem, plan))
-
-
-def _cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:
-    """Tiles of dx, and the units of each."""
-    return -(-problem.M // block_m) * problem.steps, -(-problem.strips // (4 * unit))
-
-
-def _cycles(problem: Problem, plan: TransposedPlan) -> float:
-    """Estimate: of the busiest program."""
-    tiles, units = _cut(problem, plan.block_m, plan.unit)
-    busiest = plan.shares.busiest(tiles, units) * _apart(plan.shares, 32 * problem.M * problem.strips)
-    cycles = plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m]
-    return busiest * (cycles + 10 * plan.block_m / units) + 25 * plan.block_m * plan.shares.parts
+def transposed_plans(problem: Problem) -> Iterator[TransposedPlan]:
+    """Plans for ``dy @ W.T``."""
+    for block_m, resident, unit in _TRANSPOSED:
+        if 32 < block_m >= 2 * problem.M:
+            continue  # tiles that are mostly empty
+        if problem.bits == 3:
+            unit = 4  # eight stages take more registers than there are
+        stage = 64 * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
+        stages = min(8, (_SHARED_MEMORY[90] * 1024 // resident - 256 * block_m - 2048) // stage)
+        tiles, most = -(-problem.M // block_m) * problem.steps, resident * problem.multiprocessors
+        units = -(-problem.strips // (4 * unit))
+        equal = most // (tiles % most or most)  # parts of a tile
+        plans = {Shares.of(tiles, split, most): None for split in (1, 2, 3, 4, equal, equal + 1) if split <= units}
+        yield from (TransposedPlan(block_m, stages, unit, 8, shares, resident) for shares in plans)
 
 
 def _transposed_microseconds(problem: Problem, plan: TransposedPlan | DequantizePlan) -> float:
     """Estimate, on an H200."""
-    if isinstance(plan, TransposedPlan):
-        return 2 + 1.15 * _cycles(problem, plan) / 1.7e3
-    return _floats_microseconds(problem, 16 * problem.strips)
+    if isinstance(plan, DequantizePlan):
+        return _floats_microseconds(problem, 16 * problem.strips)
+    shares = plan.shares
+    tiles, units = -(-problem.M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
+    stage = _TRANSPOSED_STAGE[plan.block_m, -(-shares.programs // problem.multiprocessors)]
+    stages = plan.unit * shares.busiest(tiles, units)
+    meeting = shares.parts * 0.017 * plan.block_m
+    return 2.0 + stages * stage * _apart(shares, 32 * problem.M * problem.strips) + meeting
 
 
 def _floats_microseconds(problem: Problem, terms: int) -> float:

@@ -311,9 +311,9 @@ def test_programs_share_the_tiles_of_gradients(bits, dtype, scales, group_size, 
     for M in (64, 300, 1000):
         dy = random_rows(M, 1104, dtype, device=DEVICE)
         problem = product.problem_of(M, dtype, 0, tiled)
-        for rows in dispatch._TRANSPOSED_CYCLES:
-            plan = dispatch.transposed_plan(problem, rows)
-            tiles, units = -(-M // rows) * tiled.steps, -(-tiled.strips // (4 * plan.unit))
+        kinds = {(plan.block_m, plan.resident, plan.unit): plan for plan in dispatch.transposed_plans(problem)}
+        for plan in kinds.values():
+            tiles, units = -(-M // plan.block_m) * tiled.steps, -(-tiled.strips // (4 * plan.unit))
             # as dispatch has it; nothing shared; everything shared, by few and by as many as can be; by some
             everything, some = min(132, tiles * units), min(tiles, 3)
             cuts = [(7, 7, 0), (7, 7, tiles), (everything, everything, tiles), (8, 2 * some, some)]

@@ -24,6 +24,7 @@ from .plans import (
     TransposedPlan,
     WidePlan,
     groups_of_step,
+    power_of_two,
 )
 
 ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
@@ -162,6 +163,7 @@ _HOPPER = {
 _NVIDIA = {16: ((128, 4, 3, None),), 32: ((128, 4, 3, None),)}
 _AMD = {16: ((64, 4, 2, None),), 64: ((64, 4, 2, None),)}
 _FLOAT = {16: ((32, 8, 2, None),)}
+_ORDERED = 1024  # numbers of x that a warp may hold to put them in order: 16 registers of a lane
 _DIGIT_BYTES, _SUM_BYTES = 1024, 32  # of a step, for a tile of x; sums for each group that is taken in turn
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _UNEVEN = 1.04  # how much longer the busiest multiprocessor takes than all do in the mean, for equal shares to pay off
@@ -202,18 +204,21 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
     """The same tiles for programs that find the digits of x themselves; None where these do not fit."""
     if plan.in_turn or plan.rows_of_tile(problem) < problem.M:
         return None
-    if problem.ordered:
-        return None  # every program putting x in order takes longer
     rounds = min(plan.rounds(problem), math.ceil(problem.steps / plan.warps_k))
-    chunk = math.ceil(rounds / (2 * plan.warps_n)) * 2 * plan.warps_n  # whole passes of two steps a warp
+    passes = math.ceil(rounds / (2 * plan.warps_n))  # of two steps a warp
+    chunk = passes * 2 * plan.warps_n
     room = _room(problem, plan.strips * plan.warps)
+    if problem.ordered:  # every program puts all of x in order
+        room -= 2 * power_of_two(128 * problem.steps)
+        if passes > 2 or problem.M * power_of_two(128 * problem.steps) > _ORDERED * plan.warps:
+            return None
     fit = chunk * plan.warps_k * (_DIGIT_BYTES + _SUM_BYTES) <= room
     return replace(plan, chunk=chunk, depth=min(plan.depth, chunk), own_digits=True) if fit else None
 
 
 def with_order(problem: Problem, plan: FusedPlan) -> FusedPlan | None:
     """A plan for the same product without act-order, changed as the order asks; None where others suit it better."""
-    if isinstance(plan, DecodePlan) and plan.own_digits:
+    if isinstance(plan, DecodePlan) and plan.own_digits and with_own_digits(problem, plan) != plan:
         return replace(plan, depth=min(plan.depth, 4), chunk=4, own_digits=False)
     many = ROWS_OF_DIGITS // problem.subgroups < problem.M
     return plan if many or isinstance(plan, (DecodePlan, WidePlan)) else None
@@ -227,6 +232,8 @@ def _room(problem: Problem, partial_sums: int) -> int:
 def _own_digits(problem: Problem, plan: DecodePlan) -> float:
     """Microseconds that passes over x by every program take, on an H200."""
     waves = 1 if plan.persistent else math.ceil(plan.programs(problem) * plan.split / problem.multiprocessors)
+    if problem.ordered:
+        waves *= 1.5
     return 0.2 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n)
 
 

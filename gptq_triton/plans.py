@@ -16,6 +16,11 @@ def groups_of_step(group_columns: int) -> int:
     return max(1, 128 // group_columns)
 
 
+def power_of_two(number: int) -> int:
+    """The least that is as large."""
+    return 1 << (number - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Problem:
     """One product x @ W, as far as a plan depends on it.

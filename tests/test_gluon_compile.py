@@ -12,7 +12,7 @@ import torch
 
 from gptq_triton.dispatch import candidates, transposed_plans, with_own_digits
 from gptq_triton.layout import ONE_GROUP
-from gptq_triton.plans import DecodePlan, LargePlan, Problem, TransposedPlan, WidePlan
+from gptq_triton.plans import DecodePlan, LargePlan, Problem, TransposedPlan, WidePlan, power_of_two
 from gptq_triton.spec import BITS
 from tests.ptxas import SHARED_MEMORY, ptxas_report
 
@@ -55,8 +55,10 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     module = decode if isinstance(plan, DecodePlan) else wide
     own = tiles.pop("own_digits", False)
     tiles.pop("max_registers", None)
+    ordered = problem.ordered and own
     if own:
         tiles |= {"own_rows": problem.M, "bf16": problem.dtype == torch.bfloat16, "pairs": not bias}
+        tiles["numbers"] = power_of_two(problem.steps * 128) if ordered else 0
     if module is wide:
         tiles["rows"] = plan.rows(problem)
     pdl = problem.capability >= 90
@@ -65,7 +67,7 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
         **tiles,
     )  # fmt: skip
     half = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
-    pointers: dict[str, str | None] = {"x_ptr": half if own else None}
+    pointers: dict[str, str | None] = {"x_ptr": half if own else None, "order_ptr": "i32" if ordered else None}
     pointers |= dict.fromkeys(("digits_ptr", "sums_ptr"), None if own else "i32")
     if module is wide:
         box, layout = [2 * tiles["rows"] * plan.chunk, 128], wide.DIGITS_LAYOUT.value
@@ -95,6 +97,8 @@ def cases():
     for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
         yield replace(LARGE, M=4, bits=3, arch=arch), False
         yield replace(LARGE, M=16, arch=arch), True
+    for bits, M, arch in ((4, 1, "sm_90"), (3, 2, "sm_90"), (8, 1, "sm_80")):
+        yield replace(LARGE, M=M, bits=bits, steps=32, arch=arch, ordered=True), bits == 3
 
 
 @pytest.mark.parametrize(("problem", "bias"), [pytest.param(*case, id=str(i)) for i, case in enumerate(cases())])

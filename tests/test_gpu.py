@@ -178,10 +178,11 @@ def test_every_plan_gives_the_same_answer(bits, group_size, M):
             assert torch.equal(y, expected), plan
 
 
+@pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("group_size", "M"), [(128, 1), (128, 2), (128, 3), (128, 4), (64, 1), (64, 2), (32, 1)])
-def test_digits_are_the_same_wherever_they_are_found(group_size, M, dtype):
-    weight = random_weight(1500, 200, 4, group_size, device=DEVICE)
+def test_digits_are_the_same_wherever_they_are_found(group_size, M, dtype, act_order):
+    weight = random_weight(1500, 200, 4, group_size, act_order=act_order, device=DEVICE)
     tiled = tile_weight(weight)
     for rows in (random_rows(M, 1500, dtype, device=DEVICE), random_rows(M, 1501, dtype, device=DEVICE)[:, 1:]):
         problem = product.problem_of(M, dtype, 0, tiled)
@@ -189,7 +190,9 @@ def test_digits_are_the_same_wherever_they_are_found(group_size, M, dtype):
         for plan in dispatch.candidates(problem):
             assert isinstance(plan, plans.DecodePlan)
             own = dispatch.with_own_digits(problem, plan)
-            assert own is not None
+            assert own is not None or act_order  # which few warps have no room for
+            if own is None:
+                continue
             found = []
             by_launch = replace(plan, own_digits=False, chunk=plan.depth)
             for each, aligned in ((by_launch, False), (own, False), (own, rows.stride(0) % 2 == 0)):

@@ -148,7 +148,7 @@ def _stages(
 @gluon.jit
 def _multiplier(
     UPPER: gl.constexpr, dx, meeting, ring, dx_s, shares, blocks_m, steps, F: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, UNIT: gl.constexpr, R: gl.constexpr,
+    STAGES: gl.constexpr, UNIT: gl.constexpr, R: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 columns of each tile of dx."""
     workspace_ptr, counters_ptr = meeting
@@ -177,7 +177,7 @@ def _multiplier(
         else:
             for _ in range(start, stop):
                 acc, slot, phase = _stages(acc, slot, phase, UNIT, ring, UPPER, F, A, STAGES)
-        acc = meet(acc, UPPER, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, 2, mma, R)
+        acc = meet(acc, UPPER, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, 2, mma, R, AT_ONCE)
         if start == 0:
             tma.store_wait(0)
             barrier()
@@ -212,10 +212,11 @@ def transposed_kernel(
     ring = (dy_s, words_s, low_s, meta_s, full, empty)
     meeting = (workspace_ptr, counters_ptr)
     shares = (sharing, streamed, units)
+    AT_ONCE: gl.constexpr = 3 if BLOCK_M <= 64 and REGISTERS > 104 else 1  # sums of other programs
     gl.warp_specialize(
         [
-            (_multiplier, (0, dx, meeting, ring, dx_s, shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R)),
-            (_multiplier, (1, dx, meeting, ring, dx_s, shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R)),
+            (_multiplier, (0, dx, meeting, ring, dx_s, shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R, AT_ONCE)),
+            (_multiplier, (1, dx, meeting, ring, dx_s, shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R, AT_ONCE)),
             (_copier, (dy, sources, ring, shares, blocks_m, steps, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, PDL)),
         ],
         [4, 1],

@@ -48,10 +48,6 @@ class Ledger:
         """Whether this provider's row of this case needs no measurement."""
         return self._key(row) in self._fresh
 
-    def found(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """What the file has for this provider and case."""
-        return next((each for each in self.rows if self._key(each) == self._key(row)), None)
-
     def again(self, rows: Iterable[dict[str, Any]]) -> None:
         """Measure these rows again."""
         self._fresh -= {self._key(row) for row in rows}

@@ -26,7 +26,7 @@ from cases import SUITES, Case, Ceilings, only
 from ledger import Ledger, compare
 from method import METHOD, calls_of, capture, copies_of, interleaved
 from providers import PROVIDERS, Provider
-from reading import summary
+from reading import Row, cells, summary
 from record import folder, provenance
 from weights import checked_rows, error, exact, random_weight
 
@@ -116,6 +116,12 @@ class Bench:
         }
 
 
+def changed(rows: Iterable[Row], cases: Iterable[Case]) -> list[Case]:
+    """Those that were measured with another plan of ours than they would have now."""
+    measured, ours = cells(rows), PROVIDERS["ours"]
+    return [case for case in cases if case in measured and measured[case]["ours"]["plan"] != ours.plan(case)]
+
+
 def main() -> None:
     options = _options()
     started = time.perf_counter()
@@ -130,11 +136,8 @@ def main() -> None:
     ledger = Ledger(options.out or folder() / f"{options.suite}.json", run, retry=options.retry, renew=options.renew)
 
     if options.changed:
-        ours = PROVIDERS["ours"]
-        for case in cases:
-            row = ledger.found({"provider": ours.name, **asdict(case)})
-            if row is not None and row.get("plan") != ours.plan(case):
-                ledger.again({"provider": provider.name, **asdict(case)} for provider in providers)
+        stale = changed(ledger.rows, cases)
+        ledger.again({"provider": provider.name, **asdict(case)} for case in stale for provider in providers)
 
     def missing(case: Case) -> list[Provider]:
         return [p for p in providers if not ledger.has({"provider": p.name, **asdict(case)})]

@@ -441,7 +441,7 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     step *= 0.87 + 0.13 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
     if plan.block_m < 256 and problem.M > 512:  # clocks are lower: words are unpacked more often
         step *= 1.05
-    begun = -(-(tiles - shares.streamed) // shares.programs) + (0 if not shares.streamed else 1 if shares.even else 2)
+    begun = shares.rounds(tiles) + (0 if not shares.streamed else 1 if shares.even else 2)
     start = 1.66 + 0.0052 * plan.block_m - 0.47 * (plan.resident == 2)  # of two, one begins while another ends
     others = 0.004 * plan.block_m * (begun - 1) + shares.parts * (0.4 + 0.006 * plan.block_m)
     return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others

@@ -237,9 +237,13 @@ class Shares(NamedTuple):
         """Whether tiles are cut at the same places, so that programs are at few of them at a time."""
         return self.streamed == 0 or self.sharing % self.streamed == 0
 
+    def rounds(self, tiles: int) -> int:
+        """Whole tiles of the program that has the most."""
+        return -(-(tiles - self.streamed) // self.programs)
+
     def busiest(self, tiles: int, units: int) -> int:
         """Units of the program that has the most, of tiles of so many units."""
-        return -(-(tiles - self.streamed) // self.programs) * units + -(-self.streamed * units // self.sharing)
+        return self.rounds(tiles) * units + -(-self.streamed * units // self.sharing)
 
 
 @dataclass(frozen=True)

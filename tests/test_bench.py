@@ -237,8 +237,7 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert not ledger.Ledger(path, {"commit": "b"}, retry=True).has(row("cublas", 9.0))
     again.again([row("ours", 9.0)])
     assert not again.has(row("ours", 9.0))
-    assert (again.found(row("ours", 9.0)) or {})["us"] == 2.0
-    assert again.found(row("humming", 9.0)) is None
+    assert again.has(row("cublas", 9.0))
     renewed = ledger.Ledger(path, {"commit": "b"}, renew=True)
     assert not renewed.has(row("ours", 9.0))
     renewed.add([row("ours", 1.0)])
@@ -249,6 +248,15 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert content["rows"][-1] | {"us": 1.0, "run": 1} == content["rows"][-1]
     assert content["commit"] == "b"
     assert sum('"provider"' in line for line in path.read_text().splitlines()) == 3, "a row takes a line"
+
+
+def test_cases_with_another_plan_are_measured_again(monkeypatch):
+    monkeypatch.setattr(providers.Ours, "plan", lambda self, case: f"tiles={case.M}")
+    cases = [dataclasses.replace(SMALL, M=M) for M in (1, 2, 8)]
+    rows = [row("ours", 2.0, cases[0], plan="tiles=1"), row("ours", 2.0, cases[1], plan="tiles=4")]
+    rows += [row("cublas", 6.0, case, plan=None) for case in cases]
+    assert speed.changed(rows, cases) == [cases[1]], "the last was not measured at all"
+    assert speed.changed(rows, cases[:1]) == []
 
 
 def test_only_peers_of_the_same_run_count():

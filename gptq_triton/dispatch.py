@@ -310,9 +310,9 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
 
 
 # rows of dy of a tile, programs that fit a multiprocessor, stages between two waits
-_TRANSPOSED = (32, 2, 4), (64, 2, 4), (64, 1, 8), (128, 1, 4), (128, 1, 8), (256, 1, 8)
+_TRANSPOSED = (32, 2, 2), (64, 2, 2), (64, 1, 4), (128, 1, 4), (256, 1, 4), (256, 1, 8)
 # microseconds of a program for a stage of 64 rows of W, by rows and programs that a multiprocessor has, on an H200
-_TRANSPOSED_STAGE = {(32, 1): 0.35, (32, 2): 0.55, (64, 1): 0.45, (64, 2): 0.7, (128, 1): 0.53, (256, 1): 0.76}
+_TRANSPOSED_STAGE = {(32, 1): 0.35, (32, 2): 0.52, (64, 1): 0.36, (64, 2): 0.65, (128, 1): 0.46, (256, 1): 0.7}
 
 
 def transposed_plans(problem: Problem) -> Iterator[TransposedPlan]:
@@ -320,8 +320,8 @@ def transposed_plans(problem: Problem) -> Iterator[TransposedPlan]:
     for block_m, resident, unit in _TRANSPOSED:
         if 32 < block_m >= 2 * problem.M:
             continue  # tiles that are mostly empty
-        if problem.bits == 3:
-            unit = 4  # eight stages take more registers than there are
+        if unit == 8 and problem.bits == 3:
+            continue  # more registers than there are
         stage = 64 * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
         stages = min(8, (_SHARED_MEMORY[90] * 1024 // resident - 256 * block_m - 2048) // stage)
         tiles, most = -(-problem.M // block_m) * problem.steps, resident * problem.multiprocessors
@@ -338,9 +338,10 @@ def _transposed_microseconds(problem: Problem, plan: TransposedPlan | Dequantize
     shares = plan.shares
     tiles, units = -(-problem.M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
     stage = _TRANSPOSED_STAGE[plan.block_m, -(-shares.programs // problem.multiprocessors)]
-    stages = plan.unit * shares.busiest(tiles, units)
-    meeting = shares.parts * 0.017 * plan.block_m
-    return 2.0 + stages * stage * _apart(shares, 32 * problem.M * problem.strips) + meeting
+    stage *= _apart(shares, 32 * problem.M * problem.strips)
+    units = shares.busiest(tiles, units)
+    others = 0.005 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.16 + 0.0071 * plan.block_m)
+    return 1.6 + units * (0.05 + plan.unit * stage) + others
 
 
 def _floats_microseconds(problem: Problem, terms: int) -> float:
@@ -441,9 +442,8 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     step *= 0.87 + 0.13 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
     if plan.block_m < 256 and problem.M > 512:  # clocks are lower: words are unpacked more often
         step *= 1.05
-    begun = shares.rounds(tiles) + (0 if not shares.streamed else 1 if shares.even else 2)
     start = 1.66 + 0.0052 * plan.block_m - 0.47 * (plan.resident == 2)  # of two, one begins while another ends
-    others = 0.004 * plan.block_m * (begun - 1) + shares.parts * (0.4 + 0.006 * plan.block_m)
+    others = 0.004 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.4 + 0.006 * plan.block_m)
     return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others
 
 

@@ -241,6 +241,10 @@ class Shares(NamedTuple):
         """Whole tiles of the program that has the most."""
         return -(-(tiles - self.streamed) // self.programs)
 
+    def touched(self, tiles: int) -> int:
+        """Tiles that a program has or shares, at most."""
+        return self.rounds(tiles) + (0 if not self.streamed else 1 if self.even else 2)
+
     def busiest(self, tiles: int, units: int) -> int:
         """Units of the program that has the most, of tiles of so many units."""
         return self.rounds(tiles) * units + -(-self.streamed * units // self.sharing)

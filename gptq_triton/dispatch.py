@@ -117,7 +117,7 @@ _DECODE = {
     1: {
         2: (*_FULL, *_HALF, (2, 2, 8, 4, 4), (2, 4, 4, 4, 4), (1, 4, 4, 8, 8), (2, 2, 4, 4, 4)),
         3: (*_FULL, *_HALF, (2, 4, 4, 4, 4), (1, 4, 4, 8, 8)),
-        4: (*_FULL, *_HALF, (1, 2, 8, 2, 4)),
+        4: (*_FULL, *_HALF, (1, 2, 8, 2, 4), (1, 4, 4, 8, 8)),
         8: (
             (1, 4, 4, 2, 4),
             (1, 2, 8, 2, 4),
@@ -209,9 +209,10 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
     chunk = passes * 2 * plan.warps_n
     room = _room(problem, plan.strips * plan.warps)
     if problem.ordered:  # every program puts all of x in order
-        room -= 2 * power_of_two(128 * problem.steps)
-        if passes > 2 or problem.M * power_of_two(128 * problem.steps) > _ORDERED * plan.warps:
-            return None
+        row = power_of_two(128 * problem.steps)
+        room -= 2 * row
+        if problem.M > 2 or passes > 2 or problem.M * row > _ORDERED * plan.warps:
+            return None  # a launch before is faster, or there are not the registers
     fit = chunk * plan.warps_k * (_DIGIT_BYTES + _SUM_BYTES) <= room
     return replace(plan, chunk=chunk, depth=min(plan.depth, chunk), own_digits=True) if fit else None
 

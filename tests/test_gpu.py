@@ -178,19 +178,23 @@ def test_every_plan_gives_the_same_answer(bits, group_size, M):
             assert torch.equal(y, expected), plan
 
 
-@pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("group_size", "M"), [(128, 1), (128, 2), (128, 3), (128, 4), (64, 1), (64, 2), (32, 1)])
-def test_digits_are_the_same_wherever_they_are_found(group_size, M, dtype, act_order):
+@pytest.mark.parametrize(
+    ("group_size", "M", "act_order"),
+    [
+        *((g, M, order) for g, M in ((128, 1), (128, 2), (64, 1), (64, 2), (32, 1)) for order in (False, True)),
+        *((128, M, False) for M in (3, 4)),
+    ],
+)
+def test_digits_are_the_same_wherever_they_are_found(group_size, M, act_order, dtype):
     weight = random_weight(1500, 200, 4, group_size, act_order=act_order, device=DEVICE)
     tiled = tile_weight(weight)
     for rows in (random_rows(M, 1500, dtype, device=DEVICE), random_rows(M, 1501, dtype, device=DEVICE)[:, 1:]):
         problem = product.problem_of(M, dtype, 0, tiled)
         operands = launches.Operands.of(tiled, None, False)
-        for plan in dispatch.candidates(problem):
-            assert isinstance(plan, plans.DecodePlan)
-            own = dispatch.with_own_digits(problem, plan)
-            assert own is not None or act_order  # which few warps have no room for
+        both = [(plan, dispatch.with_own_digits(problem, plan)) for plan in dispatch.candidates(problem)]
+        assert any(own for _, own in both) if act_order else all(own for _, own in both)  # few warps lack registers
+        for plan, own in both:
             if own is None:
                 continue
             found = []

@@ -74,10 +74,11 @@ def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPl
         TypeError: The kernels do not take the dtype.
     """
     _check_dtype(problem.dtype)
+    floats = _dequantize(problem)
     if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
-        return _dequantize(problem)
-    plans = *transposed_plans(problem), _dequantize(problem)
-    return min(plans, key=lambda plan: _transposed_microseconds(problem, plan))
+        return floats
+    whole = [floats] if problem.strips <= floats.strips else []  # else sums of slabs have to be added
+    return min((*transposed_plans(problem), *whole), key=lambda plan: _transposed_microseconds(problem, plan))
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -313,7 +314,8 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
 # rows of dy of a tile, programs that fit a multiprocessor, stages between two waits
 _TRANSPOSED = (32, 2, 2), (64, 2, 2), (64, 1, 4), (128, 1, 4), (256, 1, 4), (256, 1, 8)
 # microseconds of a program for a stage of 64 rows of W, by rows and programs that a multiprocessor has, on an H200
-_TRANSPOSED_STAGE = {(32, 1): 0.35, (32, 2): 0.52, (64, 1): 0.36, (64, 2): 0.65, (128, 1): 0.46, (256, 1): 0.7}
+_TRANSPOSED_STAGE = {(32, 1): 0.31, (32, 2): 0.53, (64, 1): 0.36, (64, 2): 0.65, (128, 1): 0.49, (256, 1): 0.74}
+_TRANSPOSED_UNPACK = {2: -0.04, 3: 0.07, 4: 0.0, 8: 0.02}  # what the other widths take longer than four bits
 
 
 def transposed_plans(problem: Problem) -> Iterator[TransposedPlan]:
@@ -339,17 +341,23 @@ def _transposed_microseconds(problem: Problem, plan: TransposedPlan | Dequantize
     shares = plan.shares
     tiles, units = -(-problem.M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
     stage = _TRANSPOSED_STAGE[plan.block_m, -(-shares.programs // problem.multiprocessors)]
-    stage *= _apart(shares, 32 * problem.M * problem.strips)
+    stage = (stage + _TRANSPOSED_UNPACK[problem.bits]) * _apart(shares, 32 * problem.M * problem.strips)
+    stage *= 1.065 if _lasts(problem) else 1.0
     units = shares.busiest(tiles, units)
-    others = 0.005 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.16 + 0.0071 * plan.block_m)
-    return 1.6 + units * (0.05 + plan.unit * stage) + others
+    others = 0.0036 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.15 + 0.0076 * plan.block_m)
+    return 1.55 + units * (0.03 + plan.unit * stage) + others
+
+
+def _lasts(problem: Problem) -> bool:
+    """Whether clocks sink meanwhile."""
+    return problem.M * problem.strips * 16 * problem.steps * 128 > 32e9
 
 
 def _floats_microseconds(problem: Problem, terms: int) -> float:
     """W as floats, then the vendor's product, of so many terms a sum, which pays off for small layers."""
     weights = problem.strips * 16 * problem.steps * 128
     work = 2 * problem.M * weights
-    rate = 800e6 / (1 + 140 / terms) if work < 64e9 else 660e6  # short sums have their cost, long products lower clocks
+    rate = 660e6 if _lasts(problem) else 800e6 / (1 + 140 / terms)  # short sums have their cost
     return 5.0 + 0.7e-6 * weights + max(1.2e-3 * terms, work / rate)
 
 

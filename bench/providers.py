@@ -93,6 +93,7 @@ class Ours(Provider):
             getattr(torch, case.dtype),
             True,
             *gpu(0),
+            ordered=case.act_order,
         )
 
     def _plan(self, case: Case) -> Plan | TransposedPlan:

@@ -24,6 +24,7 @@ from .plans import (
     TransposedPlan,
     WidePlan,
     groups_of_step,
+    power_of_two,
 )
 
 ROWS_OF_DECODE = 8  # of x: beyond, what the decode kernel does for each row outweighs the weight's arrival
@@ -73,10 +74,11 @@ def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPl
         TypeError: The kernels do not take the dtype.
     """
     _check_dtype(problem.dtype)
+    floats = _dequantize(problem)
     if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
-        return _dequantize(problem)
-    plans = transposed_tiles(problem), _dequantize(problem)
-    return min(plans, key=lambda plan: _transposed_microseconds(problem, plan))
+        return floats
+    whole = [floats] if problem.strips <= floats.strips else []  # else sums of slabs have to be added
+    return min((*transposed_plans(problem), *whole), key=lambda plan: _transposed_microseconds(problem, plan))
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -116,7 +118,7 @@ _DECODE = {
     1: {
         2: (*_FULL, *_HALF, (2, 2, 8, 4, 4), (2, 4, 4, 4, 4), (1, 4, 4, 8, 8), (2, 2, 4, 4, 4)),
         3: (*_FULL, *_HALF, (2, 4, 4, 4, 4), (1, 4, 4, 8, 8)),
-        4: (*_FULL, *_HALF, (1, 2, 8, 2, 4)),
+        4: (*_FULL, *_HALF, (1, 2, 8, 2, 4), (1, 4, 4, 8, 8)),
         8: (
             (1, 4, 4, 2, 4),
             (1, 2, 8, 2, 4),
@@ -162,6 +164,7 @@ _HOPPER = {
 _NVIDIA = {16: ((128, 4, 3, None),), 32: ((128, 4, 3, None),)}
 _AMD = {16: ((64, 4, 2, None),), 64: ((64, 4, 2, None),)}
 _FLOAT = {16: ((32, 8, 2, None),)}
+_ORDERED = 1024  # numbers of x that a warp may hold to put them in order: 16 registers of a lane
 _DIGIT_BYTES, _SUM_BYTES = 1024, 32  # of a step, for a tile of x; sums for each group that is taken in turn
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _UNEVEN = 1.04  # how much longer the busiest multiprocessor takes than all do in the mean, for equal shares to pay off
@@ -202,18 +205,22 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
     """The same tiles for programs that find the digits of x themselves; None where these do not fit."""
     if plan.in_turn or plan.rows_of_tile(problem) < problem.M:
         return None
-    if problem.ordered:
-        return None  # every program putting x in order takes longer
     rounds = min(plan.rounds(problem), math.ceil(problem.steps / plan.warps_k))
-    chunk = math.ceil(rounds / (2 * plan.warps_n)) * 2 * plan.warps_n  # whole passes of two steps a warp
+    passes = math.ceil(rounds / (2 * plan.warps_n))  # of two steps a warp
+    chunk = passes * 2 * plan.warps_n
     room = _room(problem, plan.strips * plan.warps)
+    if problem.ordered:  # every program puts all of x in order
+        row = power_of_two(128 * problem.steps)
+        room -= 2 * row
+        if problem.M > 2 or passes > 2 or problem.M * row > _ORDERED * plan.warps:
+            return None  # a launch before is faster, or there are not the registers
     fit = chunk * plan.warps_k * (_DIGIT_BYTES + _SUM_BYTES) <= room
     return replace(plan, chunk=chunk, depth=min(plan.depth, chunk), own_digits=True) if fit else None
 
 
 def with_order(problem: Problem, plan: FusedPlan) -> FusedPlan | None:
     """A plan for the same product without act-order, changed as the order asks; None where others suit it better."""
-    if isinstance(plan, DecodePlan) and plan.own_digits:
+    if isinstance(plan, DecodePlan) and plan.own_digits and with_own_digits(problem, plan) != plan:
         return replace(plan, depth=min(plan.depth, 4), chunk=4, own_digits=False)
     many = ROWS_OF_DIGITS // problem.subgroups < problem.M
     return plan if many or isinstance(plan, (DecodePlan, WidePlan)) else None
@@ -227,6 +234,8 @@ def _room(problem: Problem, partial_sums: int) -> int:
 def _own_digits(problem: Problem, plan: DecodePlan) -> float:
     """Microseconds that passes over x by every program take, on an H200."""
     waves = 1 if plan.persistent else math.ceil(plan.programs(problem) * plan.split / problem.multiprocessors)
+    if problem.ordered:
+        waves *= 1.5
     return 0.2 * (0.5 + 0.5 * problem.subgroups) * problem.M * waves * plan.chunk / (2 * plan.warps_n)
 
 
@@ -302,53 +311,53 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
 
-# cycles of a program for eight stages and a step, by rows of a tile, on an H200
-_TRANSPOSED_CYCLES = {64: 5400, 128: 6300, 256: 9000}
+# rows of dy of a tile, programs that fit a multiprocessor, stages between two waits
+_TRANSPOSED = (32, 2, 2), (64, 2, 2), (64, 1, 4), (128, 1, 4), (256, 1, 4), (256, 1, 8)
+# microseconds of a program for a stage of 64 rows of W, by rows and programs that a multiprocessor has, on an H200
+_TRANSPOSED_STAGE = {(32, 1): 0.31, (32, 2): 0.53, (64, 1): 0.36, (64, 2): 0.65, (128, 1): 0.49, (256, 1): 0.74}
+_TRANSPOSED_UNPACK = {2: -0.04, 3: 0.07, 4: 0.0, 8: 0.02}  # what the other widths take longer than four bits
 
 
-def transposed_plan(problem: Problem, block_m: int) -> TransposedPlan:
-    """The plan for ``dy @ W.T`` with tiles of so many rows."""
-    stage = 64 * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
-    stages = min(8, (_SHARED_MEMORY[90] * 1024 - 256 * block_m - 1024) // stage)
-    unit = 4 if problem.bits == 3 else 8  # eight stages of 3 bits take more registers than there are
-    tiles, units = _cut(problem, block_m, unit)
-    most = problem.multiprocessors
-    # the last cuts tiles anywhere
-    splits = range(1, min(units, most // (tiles % most or most) + 1) + 1)
-    plans = [TransposedPlan(block_m, stages, unit, 8, Shares.of(tiles, split, most)) for split in splits]
-    return min(plans, key=lambda plan: _cycles(problem, plan))
-
-
-def transposed_tiles(problem: Problem) -> TransposedPlan:
-    """The kernel's plan for ``dy @ W.T`` that takes the least time."""
-    return min((transposed_plan(problem, rows) for rows in _TRANSPOSED_CYCLES), key=lambda plan: _cycles(problem, plan))
-
-
-def _cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:
-    """Tiles of dx, and the units of each."""
-    return -(-problem.M // block_m) * problem.steps, -(-problem.strips // (4 * unit))
-
-
-def _cycles(problem: Problem, plan: TransposedPlan) -> float:
-    """Estimate: of the busiest program."""
-    tiles, units = _cut(problem, plan.block_m, plan.unit)
-    busiest = plan.shares.busiest(tiles, units) * _apart(plan.shares, 32 * problem.M * problem.strips)
-    cycles = plan.unit / 8 * _TRANSPOSED_CYCLES[plan.block_m]
-    return busiest * (cycles + 10 * plan.block_m / units) + 25 * plan.block_m * plan.shares.parts
+def transposed_plans(problem: Problem) -> Iterator[TransposedPlan]:
+    """Plans for ``dy @ W.T``."""
+    for block_m, resident, unit in _TRANSPOSED:
+        if 32 < block_m >= 2 * problem.M:
+            continue  # tiles that are mostly empty
+        if unit == 8 and problem.bits == 3:
+            continue  # more registers than there are
+        stage = 64 * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
+        stages = min(8, (_SHARED_MEMORY[90] * 1024 // resident - 256 * block_m - 2048) // stage)
+        tiles, most = -(-problem.M // block_m) * problem.steps, resident * problem.multiprocessors
+        units = -(-problem.strips // (4 * unit))
+        equal = most // (tiles % most or most)  # parts of a tile
+        plans = {Shares.of(tiles, split, most): None for split in (1, 2, 3, 4, equal, equal + 1) if split <= units}
+        yield from (TransposedPlan(block_m, stages, unit, 8, shares, resident) for shares in plans)
 
 
 def _transposed_microseconds(problem: Problem, plan: TransposedPlan | DequantizePlan) -> float:
     """Estimate, on an H200."""
-    if isinstance(plan, TransposedPlan):
-        return 2 + 1.15 * _cycles(problem, plan) / 1.7e3
-    return _floats_microseconds(problem, 16 * problem.strips)
+    if isinstance(plan, DequantizePlan):
+        return _floats_microseconds(problem, 16 * problem.strips)
+    shares = plan.shares
+    tiles, units = -(-problem.M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
+    stage = _TRANSPOSED_STAGE[plan.block_m, -(-shares.programs // problem.multiprocessors)]
+    stage = (stage + _TRANSPOSED_UNPACK[problem.bits]) * _apart(shares, 32 * problem.M * problem.strips)
+    stage *= 1.065 if _lasts(problem) else 1.0
+    units = shares.busiest(tiles, units)
+    others = 0.0036 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.15 + 0.0076 * plan.block_m)
+    return 1.55 + units * (0.03 + plan.unit * stage) + others
+
+
+def _lasts(problem: Problem) -> bool:
+    """Whether clocks sink meanwhile."""
+    return problem.M * problem.strips * 16 * problem.steps * 128 > 32e9
 
 
 def _floats_microseconds(problem: Problem, terms: int) -> float:
     """W as floats, then the vendor's product, of so many terms a sum, which pays off for small layers."""
     weights = problem.strips * 16 * problem.steps * 128
     work = 2 * problem.M * weights
-    rate = 800e6 / (1 + 140 / terms) if work < 64e9 else 660e6  # short sums have their cost, long products lower clocks
+    rate = 660e6 if _lasts(problem) else 800e6 / (1 + 140 / terms)  # short sums have their cost
     return 5.0 + 0.7e-6 * weights + max(1.2e-3 * terms, work / rate)
 
 
@@ -442,9 +451,8 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     step *= 0.87 + 0.13 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
     if plan.block_m < 256 and problem.M > 512:  # clocks are lower: words are unpacked more often
         step *= 1.05
-    begun = shares.rounds(tiles) + (0 if not shares.streamed else 1 if shares.even else 2)
     start = 1.66 + 0.0052 * plan.block_m - 0.47 * (plan.resident == 2)  # of two, one begins while another ends
-    others = 0.004 * plan.block_m * (begun - 1) + shares.parts * (0.4 + 0.006 * plan.block_m)
+    others = 0.004 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.4 + 0.006 * plan.block_m)
     return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others
 
 

@@ -28,6 +28,7 @@ from .plans import (
     Problem,
     TransposedPlan,
     WidePlan,
+    power_of_two,
 )
 from .scratch import scratch_of
 
@@ -110,17 +111,18 @@ def _decode_alone(problem: Problem, plan: DecodePlan, operands: Operands, device
         pdl=problem.capability >= 90,
         own_rows=M,
         aligned=operands.paired,
+        numbers=power_of_two(K) if problem.ordered else 0,
         **tiles,
     )
     words, counters = _meeting(problem, plan)
     scratch = scratch_of(device)
 
     def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(device)
+        stream, order = torch._C._cuda_getCurrentRawStream(device), weight.order
         partial, zeros = scratch.get(stream, words, counters) if counters else (None, None)
         multiply(
             *grid, stream,
-            x.data_ptr(), None, None,
+            x.data_ptr(), None if order is None else order.data_ptr(), None, None,
             weight.words.data_ptr(), weight.meta.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
             partial, zeros, M, N, K, steps, strips, stride, N,
         )  # fmt: skip
@@ -175,7 +177,7 @@ def _by_digits(problem: Problem, plan: DecodePlan | WidePlan, operands: Operands
                 x.data_ptr(), None if order is None else order.data_ptr(), digits, sums, K, stride,
             )  # fmt: skip
             multiply(
-                *grid, stream, None,
+                *grid, stream, None, None,
                 digits, sums, weight.words.data_ptr(), weight.meta.data_ptr(),
                 None if bias is None else bias.data_ptr(), y.data_ptr(),
                 sums + 4 * sum_words if counters else None, zeros if counters else None,
@@ -310,6 +312,7 @@ def _by_tiles(problem: Problem, plan: TransposedPlan, dy: Tensor, weight: TiledW
         stages=plan.stages,
         unit=plan.unit,
         group_m=plan.group_m,
+        resident=plan.resident,
     )
     sums = plan.shares.sharing * STEP * plan.block_m if plan.shares.streamed else 0
     stream = torch._C._cuda_getCurrentRawStream(device)

@@ -16,6 +16,11 @@ def groups_of_step(group_columns: int) -> int:
     return max(1, 128 // group_columns)
 
 
+def power_of_two(number: int) -> int:
+    """The least that is as large."""
+    return 1 << (number - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Problem:
     """One product x @ W, as far as a plan depends on it.
@@ -236,6 +241,10 @@ class Shares(NamedTuple):
         """Whole tiles of the program that has the most."""
         return -(-(tiles - self.streamed) // self.programs)
 
+    def touched(self, tiles: int) -> int:
+        """Tiles that a program has or shares, at most."""
+        return self.rounds(tiles) + (0 if not self.streamed else 1 if self.even else 2)
+
     def busiest(self, tiles: int, units: int) -> int:
         """Units of the program that has the most, of tiles of so many units."""
         return self.rounds(tiles) * units + -(-self.streamed * units // self.sharing)
@@ -281,6 +290,7 @@ class TransposedPlan:
     unit: int  # of stages between two waits of a warpgroup; programs that share a tile cut it there
     group_m: int  # blocks of rows of dy that go through W together
     shares: Shares  # of tiles of dx
+    resident: int = 1  # programs of a multiprocessor at a time
 
 
 FusedPlan = DecodePlan | WidePlan | MatmulPlan | LargePlan

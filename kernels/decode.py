@@ -50,7 +50,7 @@ from .common import (
     wait_for,
 )
 from .launch import Launch, prepare
-from .own_digits import Halves, write_digits
+from .own_digits import Halves, load_order, write_digits
 
 
 @gluon.jit
@@ -152,13 +152,14 @@ def _copy_chunk(
     do_not_specialize_on_alignment=["x_ptr", "bias_ptr"],
 )
 def decode_kernel(
-    x_ptr, digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
+    x_ptr, order_ptr, digits_ptr, sums_ptr, words_ptr, meta_ptr, bias_ptr, y_ptr, workspace_ptr, counters_ptr,
     M, N, K, steps, strips, stride_xm, stride_ym,
     T: gl.constexpr, TILES: gl.constexpr, STRIPS: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr, CHUNK: gl.constexpr, SPLITS: gl.constexpr, GROUP_STEPS: gl.constexpr, SUBGROUPS: gl.constexpr,
     TURNS: gl.constexpr, PERSISTENT: gl.constexpr, PDL: gl.constexpr, OWN_ROWS: gl.constexpr, PAIRS: gl.constexpr,
     X: gl.constexpr, L: gl.constexpr, DL: gl.constexpr, UL: gl.constexpr, GL: gl.constexpr, CL: gl.constexpr,
-    SL: gl.constexpr, YL: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
+    SL: gl.constexpr, YL: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr, OL: gl.constexpr, RL: gl.constexpr,
+    NUMBERS: gl.constexpr,
 ):  # fmt: skip
     """One tile of y, or of a partial sum, a program; if PERSISTENT one after another, words of the next in flight.
 
@@ -218,16 +219,20 @@ def decode_kernel(
         q = q + (load_words(q_ptrs, step, last, T),)
         meta = meta + (load_meta(m_ptrs, step, last, strips, SUBGROUPS, TURNS, GROUP_STEPS),)
         step += WARPS_K
+    PASS: gl.constexpr = 2 * WARPS_N * WARPS_K
+    around = rounds * WARPS_K if EVEN else None
+    order = None
+    if order_ptr is not None:
+        order = load_order(order_ptr, lo * WARPS_K, end, around, ROWS // PASS, PASS, OL)
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
         do(LAUNCH_DEPENDENTS)  # what follows may count on those kernels without waiting for this one
     first = lo * WARPS_K
     lo_of_digits = lo
     if OWN_ROWS:
-        PASS: gl.constexpr = 2 * WARPS_N * WARPS_K
         write_digits(
-            digits, sums, x_ptr, first, end, rounds * WARPS_K if EVEN else None, K, stride_xm,
-            OWN_ROWS, ROWS // PASS, PASS, SUBGROUPS, PAIRS, X, XL, TL,
+            digits, sums, x_ptr, order, first, end, around, K, stride_xm,
+            OWN_ROWS, ROWS // PASS, PASS, SUBGROUPS, PAIRS, X, XL, TL, RL, NUMBERS,
         )  # fmt: skip
         barrier()
     else:
@@ -361,7 +366,7 @@ def decode_kernel(
 def constants(
     bits: int, scales_bf16: bool, tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int,
     splits: bool, persistent: bool, group_columns: int, pdl: bool, own_rows: int = 0,
-    bf16: bool = False, pairs: bool = False, in_turn: bool = False,
+    bf16: bool = False, pairs: bool = False, in_turn: bool = False, numbers: int = 0,
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
     groups = max(1, 128 // group_columns)
@@ -405,13 +410,18 @@ def constants(
             [[0, 0, 1]] + [[0, b, 0] for b in bits_of(subgroups)], [[0, 0, 0]] * 4 + [[1, 0, 0]],
             [[2 * b, 0, 0] for b in bits_of(warps)], [2 * warps, subgroups, 2],
         ),
+        # the same columns, in a row
+        "OL": linear(
+            [[1], [8], [16]], [[2], [4], [32], [64], [128]], [[256 * b] for b in bits_of(warps)], [256 * warps]
+        ),
+        "RL": gl.BlockedLayout([1], [32], [warps], [0]), "NUMBERS": numbers,
     }  # fmt: skip
 
 
 def prepare_decode(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
     tiles: int, strips: int, warps_n: int, warps_k: int, depth: int, chunk: int, split: int,
-    persistent: bool, pdl: bool, in_turn: bool = False, own_rows: int = 0, aligned: bool = False,
+    persistent: bool, pdl: bool, in_turn: bool = False, own_rows: int = 0, aligned: bool = False, numbers: int = 0,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -434,12 +444,14 @@ def prepare_decode(
         in_turn: Groups of a step have products of their own, not columns.
         own_rows: M, at most one tile, if programs find the digits of x, else 0; not with in_turn.
         aligned: K is even, and rows of x start at multiples of 4 bytes (with own_rows).
+        numbers: A power of two, K or more, if x has columns in another order (with own_rows), else 0.
 
     Returns:
-        ``launch(programs, split, stream, x, digits, sums, words, meta, bias, y, workspace, counters, M, N, K,
+        ``launch(programs, split, stream, x, order, digits, sums, words, meta, bias, y, workspace, counters, M, N, K,
         steps, all_strips, stride_xm, stride_ym)``, with ``programs = ceil(all_strips / (strips * warps_n))``:
 
         - x: (M, K), unit stride along K, of dtype; None without own_rows.
+        - order: int32 (steps * 128,), the column of x for each column of the tiles, -1 for 0; None without numbers.
         - digits, sums: as digits.py writes them; None with own_rows.
         - words: int32 (all_strips, steps, 64 * bits).
         - meta: int32 (groups, all_strips * 16), scales of 16 bits above zero points.
@@ -451,9 +463,10 @@ def prepare_decode(
     """
     names = constants(
         bits, scales_bf16, tiles, strips, warps_n, warps_k, depth, chunk, split > 1, persistent, group_columns, pdl,
-        own_rows, dtype == torch.bfloat16, aligned, in_turn,
+        own_rows, dtype == torch.bfloat16, aligned, in_turn, numbers,
     )  # fmt: skip
-    rows = (dtype, None, None) if own_rows else (None, torch.int32, torch.int32)
+    order = torch.int32 if numbers else None
+    rows = (dtype, order, None, None) if own_rows else (None, None, torch.int32, torch.int32)
     meeting = (torch.float32, torch.int32) if split > 1 else (None, None)
     pointers = (*rows, torch.int32, torch.int32, bias, dtype, *meeting)
     return prepare(decode_kernel, device, pointers, names, num_warps=warps_n * warps_k, launch_pdl=pdl)

@@ -89,6 +89,7 @@ class Tiles(Form):
             rows=rows,
             pieces=3 if groups == 3 else 1,  # of a step's words in shared memory: strips are a power of two
             registers=240 if block_m > 128 else registers,
+            at_once=max(1, min(4, 2 * (registers - 56) // block_m - 1)),
             copying_registers=copying,
             sums_layout=sums_layout(block_m),
         )
@@ -247,8 +248,9 @@ def _multiply(group: gl.constexpr, work, C: gl.constexpr):
         if C.shares:
             offs = offsets(C.block_m, C.sums_layout)
             acc = meet(
-                acc, group, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, C.groups, mma, C.sums_layout
-            )
+                acc, group, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, C.groups, mma, C.sums_layout,
+                C.at_once,
+            )  # fmt: skip
 
         # Store
         if start == 0:

@@ -31,21 +31,59 @@ class Halves(Constants):
 
 
 @gluon.jit
+def _pair(x_ptr, first, inside, K, PAIRS: gl.constexpr):
+    """Columns first and first + 1 as the halves of a word; PAIRS: they lie in one word of x."""
+    if PAIRS:
+        ptrs = (x_ptr + first).to(gl.pointer_type(gl.int32), bitcast=True)
+        pair = gl.load(ptrs, mask=inside & (first < K), other=0)
+    else:
+        halves = ()
+        for i in gl.static_range(2):
+            half = gl.load(x_ptr + (first + i), mask=inside & (first + i < K), other=0.0)
+            halves = halves + (half.to(gl.int16, bitcast=True).to(gl.int32),)
+        pair = halves[0] & 0xFFFF | halves[1] << 16
+    return pair
+
+
+@gluon.jit
 def _load_columns(x_ptr, at, inside, K, PAIRS: gl.constexpr):
-    """Columns at, at + 1, 8 more, and 16 more of the tiles, as words of two; PAIRS: two lie in one word of x."""
+    """Columns at, at + 1, 8 more, and 16 more of the tiles, as words of two."""
     words = ()
     for word in gl.static_range(4):
-        first = at + (word // 2 * 16 + word % 2 * 8)
-        if PAIRS:
-            ptrs = (x_ptr + first).to(gl.pointer_type(gl.int32), bitcast=True)
-            pair = gl.load(ptrs, mask=inside & (first < K), other=0)
-        else:
-            halves = ()
-            for i in gl.static_range(2):
-                half = gl.load(x_ptr + (first + i), mask=inside & (first + i < K), other=0.0)
-                halves = halves + (half.to(gl.int16, bitcast=True).to(gl.int32),)
-            pair = halves[0] & 0xFFFF | halves[1] << 16
-        words = words + (pair,)
+        words = words + (_pair(x_ptr, at + (word // 2 * 16 + word % 2 * 8), inside, K, PAIRS),)
+    return words
+
+
+@gluon.jit
+def load_order(order_ptr, first, end, around, PASSES: gl.constexpr, PASS: gl.constexpr, OL: gl.constexpr):
+    """The columns of x that steps first ... end have, PASS steps at a time; -1 for none."""
+    offs = gl.arange(0, PASS * 128, OL)
+    out = ()
+    for p in gl.static_range(PASSES):
+        step = first + p * PASS + offs // 128
+        if around is not None:
+            step = gl.where(step < around, step, step - around)
+        out = out + (gl.load(order_ptr + (step * 128 + offs % 128), mask=step < end, other=-1),)
+    return out
+
+
+@gluon.jit
+def _ordered(row, order, XL: gl.constexpr):
+    """Columns of a row, words of two, by a pass of the order, as `_load_columns` has them."""
+    PASS: gl.constexpr = order.shape[0] // 128
+    at = gl.maximum(order, 0)
+    values = gl.gather(row, at >> 1, 0)
+    values = gl.where(order < 0, 0, (values >> (at & 1) * 16) & 0xFFFF)
+    # column 32 s + 16 hb + 8 i1 + 2 t + i0
+    values = values.reshape((PASS, 4, 2, 2, 4, 2)).permute((0, 1, 4, 2, 3, 5)).reshape((PASS, 16, 2, 2, 2))
+    low, high = gl.split(values)
+    pairs = low | high << 16  # [PASS, 16, hb, i1]
+    first, second = gl.split(pairs)
+    a, c = gl.split(first)
+    b, d = gl.split(second)
+    words = ()
+    for word in gl.static_range(4):
+        words = words + (gl.convert_layout((a, b, c, d)[word], XL, assert_trivial=True),)
     return words
 
 
@@ -62,14 +100,20 @@ def _digits_of(words, X: gl.constexpr):
 
 @gluon.jit
 def write_digits(
-    digits, sums, x_ptr, first, end, around, K, stride_xm,
+    digits, sums, x_ptr, order, first, end, around, K, stride_xm,
     ROWS: gl.constexpr, PASSES: gl.constexpr, PASS: gl.constexpr, SUBGROUPS: gl.constexpr, PAIRS: gl.constexpr,
-    X: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr,
+    X: gl.constexpr, XL: gl.constexpr, TL: gl.constexpr, RL: gl.constexpr, NUMBERS: gl.constexpr,
 ):  # fmt: skip
     """What digits.py writes, of steps first ... end, for one tile of ROWS rows of x; PASS steps at a time.
 
-    After ``around`` steps comes the first, unless that is None.
+    After ``around`` steps comes the first, unless that is None. With an order, of each pass, whole rows of NUMBERS
+    columns are loaded, a power of two, and put in order by way of shared memory.
     """
+    if order is not None:
+        first_of_pair = gl.arange(0, NUMBERS // 2, RL) * 2
+        rows = ()
+        for m in gl.static_range(ROWS):
+            rows = rows + (_pair(x_ptr + m * stride_xm, first_of_pair, first_of_pair >= 0, K, PAIRS),)
     begin = gl.expand_dims(gl.arange(0, PASS, gl.SliceLayout(1, XL)), 1) + first
     lane = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, XL)), 0)  # 4 s + t
     column = lane // 4 * 32 + lane % 4 * 2
@@ -78,7 +122,7 @@ def write_digits(
     # SUBGROUPS m + u: the unit and minus the sum of row m over subgroup u
     sums = sums._reinterpret(gl.int32, [PASSES, PASS, 4, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     SL: gl.constexpr = gl.SliceLayout(2, TL)
-    AHEAD: gl.constexpr = max(1, 4 // ROWS)  # passes whose loads are in flight together
+    AHEAD: gl.constexpr = max(1, 4 // ROWS) if order is None else 1  # passes whose loads are in flight together
     for p in gl.static_range(PASSES):
         if p % AHEAD == 0:
             x = ()
@@ -86,10 +130,11 @@ def write_digits(
                 step = begin + (p + i) * PASS
                 if around is not None:
                     step = gl.where(step < around, step, step - around)
-                inside = step < end
-                at = step * 128 + column
                 for m in gl.static_range(ROWS):
-                    x = x + (_load_columns(x_ptr + m * stride_xm, at, inside, K, PAIRS),)
+                    if order is None:
+                        x = x + (_load_columns(x_ptr + m * stride_xm, step * 128 + column, step < end, K, PAIRS),)
+                    else:
+                        x = x + (_ordered(rows[m], order[p], XL),)
         for m in gl.static_range(ROWS):
             words, unit, total = _digits_of(x[p % AHEAD * ROWS + m], X)
             words = words.reshape((PASS, 2, 2, 4, 2, 2)).permute((0, 1, 5, 3, 2, 4)).reshape((PASS, 2, 1, 32))

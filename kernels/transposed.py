@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import barrier
+from .common import LAUNCH_DEPENDENTS, WAIT_FOR_EARLIER, barrier, do
 from .launch import Map, prepare
 from .turned import STAGE, Form, operand
 from .warpgroups import (
@@ -49,59 +49,84 @@ from .warpgroups import (
     sums_layout,
 )
 
+REGISTERS = 80  # of a thread, before warps give and take, where two programs share a multiprocessor
+
+
+@gluon.jit
+def _copy_weight(sources, ring, slot, stage, step, F: gl.constexpr, GROUP_STEPS: gl.constexpr):
+    """Words and meta of a stage, and how much the stage is in all."""
+    words, low_words, meta = sources
+    dy_s, words_s, low_s, meta_s, full, _ = ring
+    BLOCK_M: gl.constexpr = dy_s.shape[1]
+    arrived = full.index(slot)
+    mbarrier.expect(arrived, 16 * STAGE * (2 * BLOCK_M + 4 * F.subgroups + 16 * F.bits))
+    for b in gl.static_range(F.boxes):
+        to = words_s.index(slot * F.boxes + b)
+        tma.async_copy_global_to_shared(words, [stage * STAGE, step * (64 * F.bits) + b * F.width], arrived, to)
+    if F.bits == 3:
+        to = low_s.index(slot)
+        tma.async_copy_global_to_shared(low_words, [stage * STAGE, step * 192 + 128], arrived, to)
+    for b in gl.static_range(F.meta_boxes):
+        row = step * F.subgroups + b * F.meta_rows if F.subgroups > 1 else step // GROUP_STEPS
+        to = meta_s.index(slot * F.meta_boxes + b)
+        tma.async_copy_global_to_shared(meta, [row, stage * (16 * STAGE)], arrived, to)
+
+
+@gluon.jit
+def _copy_dy(dy, ring, slot, stage, block):
+    dy_s, _, _, _, full, _ = ring
+    at = [block * dy_s.shape[1], stage * (16 * STAGE)]
+    tma.async_copy_global_to_shared(dy, at, full.index(slot), dy_s.index(slot))
+
 
 @gluon.jit
 def _copier(
-    dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty, shares, blocks_m, steps,
-    F: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-    BYTES: gl.constexpr,
+    dy, sources, ring, shares, blocks_m, steps, F: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp: everything to shared memory, as soon as there is room."""
+    empty = ring[5]
     programs = gl.num_programs(0)
     p = programs - 1 - gl.program_id(0)
     sharing, streamed, units = shares
     cut = (programs, sharing, streamed, units)
-    slot = 0
-    phase = 1
+
+    # The weight does not depend on kernels before: as much of it as the ring holds sets out at once
     tile = first_tile(p, cut)
+    start, stop = extent(tile, p, cut)
+    block, step = place(tile, blocks_m, steps, GROUP_M)
+    ahead = gl.minimum((stop - start) * UNIT, STAGES)
+    for i in range(ahead):
+        _copy_weight(sources, ring, i, start * UNIT + i, step, F, GROUP_STEPS)
+    if PDL:
+        do(WAIT_FOR_EARLIER)
+        do(LAUNCH_DEPENDENTS)  # what follows may count on the kernels before without waiting for this one
+    for i in range(ahead):
+        _copy_dy(dy, ring, i, start * UNIT + i, block)
+
+    slot = ahead % STAGES
+    phase = 1 - ahead // STAGES
     while tile < blocks_m * steps:
         start, stop = extent(tile, p, cut)
-        pm, step = place(tile, blocks_m, steps, GROUP_M)
-        BLOCK_M: gl.constexpr = dy_s.shape[1]
-        for stage in range(start * UNIT, stop * UNIT):
+        block, step = place(tile, blocks_m, steps, GROUP_M)
+        for stage in range(start * UNIT + ahead, stop * UNIT):
             mbarrier.wait(empty.index(slot), phase)
-            arrived = full.index(slot)
-            mbarrier.expect(arrived, BYTES)
-            for b in gl.static_range(F.boxes):
-                tma.async_copy_global_to_shared(
-                    words,
-                    [stage * STAGE, step * (64 * F.bits) + b * F.width],
-                    arrived,
-                    words_s.index(slot * F.boxes + b),
-                )
-            if F.bits == 3:
-                tma.async_copy_global_to_shared(
-                    low_words, [stage * STAGE, step * 192 + 128], arrived, low_s.index(slot)
-                )
-            for b in gl.static_range(F.meta_boxes):
-                row = step * F.subgroups + b * F.meta_rows if F.subgroups > 1 else step // GROUP_STEPS
-                tma.async_copy_global_to_shared(
-                    meta, [row, stage * (16 * STAGE)], arrived, meta_s.index(slot * F.meta_boxes + b)
-                )
-            tma.async_copy_global_to_shared(dy, [pm * BLOCK_M, stage * (16 * STAGE)], arrived, dy_s.index(slot))
+            _copy_weight(sources, ring, slot, stage, step, F, GROUP_STEPS)
+            _copy_dy(dy, ring, slot, stage, block)
             slot += 1
             if slot == STAGES:
                 slot = 0
-                phase = phase ^ 1
+                phase ^= 1
+        ahead = 0
         tile = next_tile(tile, p, cut)
 
 
 @gluon.jit
 def _stages(
-    acc, slot, phase, N: gl.constexpr, dy_s, words_s, low_s, meta_s, full, empty, UPPER: gl.constexpr, F: gl.constexpr,
-    A: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    acc, slot, phase, N: gl.constexpr, ring, UPPER: gl.constexpr, F: gl.constexpr, A: gl.constexpr, STAGES: gl.constexpr
+):
     """N stages, a product always on its way; at the end none is, or ptxas would wait for every one."""
+    dy_s, words_s, low_s, meta_s, full, empty = ring
     previous = slot
     for u in gl.static_range(N):
         mbarrier.wait(full.index(slot), phase)
@@ -114,7 +139,7 @@ def _stages(
         slot += 1
         if slot == STAGES:
             slot = 0
-            phase = phase ^ 1
+            phase ^= 1
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(previous))
     return acc, slot, phase
@@ -122,12 +147,12 @@ def _stages(
 
 @gluon.jit
 def _multiplier(
-    UPPER: gl.constexpr, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-    shares, blocks_m, steps, F: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-    R: gl.constexpr,
+    UPPER: gl.constexpr, dx, meeting, ring, dx_s, shares, blocks_m, steps, F: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr, UNIT: gl.constexpr, R: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 columns of each tile of dx."""
-    BLOCK_M: gl.constexpr = dy_s.shape[1]
+    workspace_ptr, counters_ptr = meeting
+    BLOCK_M: gl.constexpr = dx_s.shape[1]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     SHIFT: gl.constexpr = UNIT // 2  # the waits of the two warpgroups lie apart
@@ -142,32 +167,24 @@ def _multiplier(
     tile = first_tile(p, cut)
     while tile < blocks_m * steps:
         start, stop = extent(tile, p, cut)
-        pm, step = place(tile, blocks_m, steps, GROUP_M)
+        block, step = place(tile, blocks_m, steps, GROUP_M)
         acc = gl.zeros((64, BLOCK_M), gl.float32, mma)
         if UPPER:
-            acc, slot, phase = _stages(
-                acc, slot, phase, SHIFT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
-            )
+            acc, slot, phase = _stages(acc, slot, phase, SHIFT, ring, UPPER, F, A, STAGES)
             for _ in range(start, stop - 1):
-                acc, slot, phase = _stages(
-                    acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
-                )
-            acc, slot, phase = _stages(
-                acc, slot, phase, UNIT - SHIFT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
-            )
+                acc, slot, phase = _stages(acc, slot, phase, UNIT, ring, UPPER, F, A, STAGES)
+            acc, slot, phase = _stages(acc, slot, phase, UNIT - SHIFT, ring, UPPER, F, A, STAGES)
         else:
             for _ in range(start, stop):
-                acc, slot, phase = _stages(
-                    acc, slot, phase, UNIT, dy_s, words_s, low_s, meta_s, full, empty, UPPER, F, A, STAGES
-                )
-        acc = meet(acc, UPPER, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, 2, mma, R)
+                acc, slot, phase = _stages(acc, slot, phase, UNIT, ring, UPPER, F, A, STAGES)
+        acc = meet(acc, UPPER, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, 2, mma, R, AT_ONCE)
         if start == 0:
             tma.store_wait(0)
             barrier()
             out.permute((1, 0)).store(acc.to(F.dtype))
             fence_async_shared()
             barrier()
-            tma.async_copy_shared_to_global(dx, [pm * BLOCK_M, step * 128 + 64 * UPPER], out)
+            tma.async_copy_shared_to_global(dx, [block * BLOCK_M, step * 128 + 64 * UPPER], out)
         tile = next_tile(tile, p, cut)
     tma.store_wait(0)
 
@@ -177,7 +194,7 @@ def transposed_kernel(
     dy, words, low_words, meta, dx, workspace_ptr, counters_ptr,
     sharing, streamed, blocks_m, steps, units,
     F: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr,
-    UNIT: gl.constexpr, R: gl.constexpr,
+    UNIT: gl.constexpr, REGISTERS: gl.constexpr, R: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups that multiply, one warp that copies."""
     dy_s = gl.allocate_shared_memory(F.dtype, [STAGES, BLOCK_M, 16 * STAGE], ROWS_LAYOUT)
@@ -191,26 +208,27 @@ def transposed_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
+    sources = (words, low_words, meta)
+    ring = (dy_s, words_s, low_s, meta_s, full, empty)
+    meeting = (workspace_ptr, counters_ptr)
     shares = (sharing, streamed, units)
-    BYTES: gl.constexpr = 16 * STAGE * (2 * BLOCK_M + 4 * F.subgroups + 16 * F.bits)
+    AT_ONCE: gl.constexpr = 3 if BLOCK_M <= 64 and REGISTERS > 104 else 1  # sums of other programs
     gl.warp_specialize(
         [
-            (_multiplier, (0, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-                           shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R)),
-            (_multiplier, (1, dx, workspace_ptr, counters_ptr, dy_s, words_s, low_s, meta_s, dx_s, full, empty,
-                           shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R)),
-            (_copier, (dy, words, low_words, meta, dy_s, words_s, low_s, meta_s, full, empty,
-                       shares, blocks_m, steps, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, BYTES)),
+            (_multiplier, (0, dx, meeting, ring, dx_s, shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R, AT_ONCE)),
+            (_multiplier, (1, dx, meeting, ring, dx_s, shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R, AT_ONCE)),
+            (_copier, (dy, sources, ring, shares, blocks_m, steps, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, PDL)),
         ],
         [4, 1],
-        [240, 24] if BLOCK_M == 256 else [232, 40],
+        [REGISTERS, 24 if REGISTERS == 240 else 40 if REGISTERS > 104 else 32],
     )  # fmt: skip
 
 
 @functools.cache
 def constants(
-    bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, stages: int, unit: int, group_m: int
-) -> dict:
+    bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, stages: int, unit: int, group_m: int,
+    resident: int,
+) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel."""
     return {
         "F": Form(bits, bf16, scales_bf16, max(1, 128 // group_columns)),
@@ -219,7 +237,9 @@ def constants(
         "GROUP_STEPS": max(1, group_columns // 128),
         "GROUP_M": group_m,
         "UNIT": unit,
+        "REGISTERS": 104 if resident == 2 else 240 if block_m == 256 else 232,
         "R": sums_layout(block_m),
+        "PDL": True,
     }
 
 
@@ -235,13 +255,18 @@ def descriptors(form: Form, dtype: torch.dtype, block_m: int) -> list:
     ]
 
 
+def options(resident: int) -> dict:
+    """Of the launch, for so many programs of a multiprocessor."""
+    return {"num_warps": 4, "maxnreg": REGISTERS if resident == 2 else None, "launch_pdl": True}
+
+
 Multiply = Callable[..., None]
 
 
 @functools.cache
 def prepare_transposed(
     device: int, dtype: torch.dtype, *, bits: int, scales_bf16: bool, group_columns: int, block_m: int, stages: int,
-    unit: int, group_m: int,
+    unit: int, group_m: int, resident: int,
 ) -> Multiply:  # fmt: skip
     """Compile for these constants.
 
@@ -251,10 +276,11 @@ def prepare_transposed(
         bits: 2, 3, 4 or 8.
         scales_bf16: Whether scales are bfloat16, not float16.
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
-        block_m: Rows of a tile of dx: 64, 128 or 256.
+        block_m: Rows of a tile of dx: a power of two from 32 to 256.
         stages: Of four strips, in shared memory.
         unit: Of stages between two waits of a warpgroup for its products; programs that share a tile cut it there.
         group_m: Blocks of rows that go through the weight together.
+        resident: Programs of a multiprocessor at a time: 1, or 2 of 64 rows at most.
 
     Returns:
         ``multiply(shares, stream, dy, words, meta, dx, workspace, counters)``: a `plans.Shares` of dx; tensors dy
@@ -262,9 +288,11 @@ def prepare_transposed(
         wanted), rows of each at multiples of 16 bytes; addresses of the workspace, 128 * block_m float32 a program that
         shares tiles, and of two zeroed int32 counters a streamed tile, which are left zeroed.
     """
-    names = constants(bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, unit, group_m)
+    names = constants(
+        bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, unit, group_m, resident
+    )
     boxes = [box and described(*box) for box in descriptors(names["F"], dtype, block_m)]
-    launch = prepare(transposed_kernel, device, (*boxes, torch.float32, torch.int32), names, num_warps=4)
+    launch = prepare(transposed_kernel, device, (*boxes, torch.float32, torch.int32), names, **options(resident))
 
     def multiply(
         shares: tuple[int, int, int], stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,

@@ -119,11 +119,11 @@ def others(tile, p, cut):
 @gluon.jit
 def meet(
     acc, part, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, PARTS: gl.constexpr, MMA: gl.constexpr,
-    R: gl.constexpr,
+    R: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
     """Sums of a tile of several programs: one that goes on with it leaves them, the one that begins it has them all.
 
-    A program's sums have so many parts, each of a warpgroup.
+    A program's sums have so many parts, each of a warpgroup. Those of AT_ONCE programs are on their way together.
     """
     BLOCK_M: gl.constexpr = acc.shape[1]
     counter = counters_ptr + tile * PARTS + part
@@ -134,9 +134,14 @@ def meet(
         more = others(tile, p, cut)
         wait_for(counter, more)
         v = by_registers(acc, R)
-        for j in range(1, more + 1):
-            sums_ptrs = workspace_ptr + ((p + j) * PARTS + part) * (64 * BLOCK_M) + offs
-            v += gl.load(sums_ptrs, cache_modifier=".cg")
+        for first in range(0, more, AT_ONCE):
+            sums = ()
+            for j in gl.static_range(AT_ONCE):
+                sums_ptrs = workspace_ptr + ((p + 1 + first + j) * PARTS + part) * (64 * BLOCK_M) + offs
+                present = gl.full(offs.shape, first + j < more, gl.int1, offs.type.layout)
+                sums = sums + (gl.load(sums_ptrs, mask=present, other=0.0, cache_modifier=".cg"),)
+            for j in gl.static_range(AT_ONCE):
+                v += sums[j]
         acc = from_registers(v, BLOCK_M, MMA)
         barrier()
         gl.store(counter, 0)

@@ -323,7 +323,7 @@ def prepare_wide(
     run = prepare(wide_kernel, device, pointers, names, **options)
 
     def launch(
-        programs: int, split: int, stream: int, x: None, digits: int, sums: int, words: int, meta: int,
+        programs: int, split: int, stream: int, x: None, order: None, digits: int, sums: int, words: int, meta: int,
         bias: int | None, y: int, workspace: int | None, counters: int | None,
         M: int, N: int, K: int, steps: int, strips: int, stride_xm: int, stride_ym: int,
     ) -> None:  # fmt: skip

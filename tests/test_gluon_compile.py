@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from gptq_triton.dispatch import candidates, choose_transposed, with_own_digits
+from gptq_triton.dispatch import candidates, transposed_plans, with_own_digits
 from gptq_triton.layout import ONE_GROUP
-from gptq_triton.plans import DecodePlan, LargePlan, Problem, TransposedPlan, WidePlan
+from gptq_triton.plans import DecodePlan, LargePlan, Problem, TransposedPlan, WidePlan, power_of_two
 from gptq_triton.spec import BITS
 from tests.ptxas import SHARED_MEMORY, ptxas_report
 
@@ -55,8 +55,10 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
     module = decode if isinstance(plan, DecodePlan) else wide
     own = tiles.pop("own_digits", False)
     tiles.pop("max_registers", None)
+    ordered = problem.ordered and own
     if own:
         tiles |= {"own_rows": problem.M, "bf16": problem.dtype == torch.bfloat16, "pairs": not bias}
+        tiles["numbers"] = power_of_two(problem.steps * 128) if ordered else 0
     if module is wide:
         tiles["rows"] = plan.rows(problem)
     pdl = problem.capability >= 90
@@ -65,7 +67,7 @@ def compiled_plan(problem: Problem, plan: DecodePlan | WidePlan, *, bias: bool):
         **tiles,
     )  # fmt: skip
     half = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
-    pointers: dict[str, str | None] = {"x_ptr": half if own else None}
+    pointers: dict[str, str | None] = {"x_ptr": half if own else None, "order_ptr": "i32" if ordered else None}
     pointers |= dict.fromkeys(("digits_ptr", "sums_ptr"), None if own else "i32")
     if module is wide:
         box, layout = [2 * tiles["rows"] * plan.chunk, 128], wide.DIGITS_LAYOUT.value
@@ -95,6 +97,8 @@ def cases():
     for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
         yield replace(LARGE, M=4, bits=3, arch=arch), False
         yield replace(LARGE, M=16, arch=arch), True
+    for bits, M, arch in ((4, 1, "sm_90"), (3, 2, "sm_90"), (8, 1, "sm_80")):
+        yield replace(LARGE, M=M, bits=bits, steps=32, arch=arch, ordered=True), bits == 3
 
 
 @pytest.mark.parametrize(("problem", "bias"), [pytest.param(*case, id=str(i)) for i, case in enumerate(cases())])
@@ -136,43 +140,50 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
 
 
 def transposed_cases():
-    """Every width; fewer where only dtypes, groups or tiles differ."""
-    halves = torch.float16, torch.bfloat16
+    """Every width at every size of tiles; fewer where only dtypes and groups differ."""
+    half, bf16 = torch.float16, torch.bfloat16
     for bits in BITS:
-        yield bits, halves[0], halves[0], 128, 2048
-        yield bits, halves[1], halves[0], 64, 2048
-    yield 8, halves[1], halves[1], 32, 2048
-    yield 2, halves[0], halves[1], 32, 100
-    yield 3, halves[0], halves[0], ONE_GROUP, 64
+        yield bits, half, half, 128, 256
+        yield bits, bf16, half, 64, 128
+        yield bits, bf16, bf16, 32, 64
+        yield bits, half, half, ONE_GROUP, 32
+    yield 8, bf16, bf16, 32, 256
+    yield 2, half, bf16, 32, 128
 
 
-@pytest.mark.parametrize(("bits", "dtype", "scales", "group_columns", "M"), list(transposed_cases()))
-def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, M, tmp_path):
+def compiled_gradient(problem: Problem, plan: TransposedPlan, scales: torch.dtype):
     from gptq_triton.kernels import transposed
 
     names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
-    problem = replace(LARGE, M=M, bits=bits, group_columns=group_columns, dtype=dtype)
-    plan = choose_transposed(problem)
-    assert isinstance(plan, TransposedPlan)
     constants = transposed.constants(
-        bits, dtype == torch.bfloat16, scales == torch.bfloat16, group_columns,
-        plan.block_m, plan.stages, plan.unit, plan.group_m,
+        problem.bits, problem.dtype == torch.bfloat16, scales == torch.bfloat16, problem.group_columns,
+        plan.block_m, plan.stages, plan.unit, plan.group_m, plan.resident,
     )  # fmt: skip
-    boxes = transposed.descriptors(constants["F"], dtype, plan.block_m)
+    boxes = transposed.descriptors(constants["F"], problem.dtype, plan.block_m)
     pointers = dict.fromkeys(("dy", "words", "low_words", "meta", "dx"))
     for name, box in zip(pointers, boxes, strict=True):
         pointers[name] = box and f"tensordesc<{names[box[0]]}{box[1]},{box[2]!r}>"
     pointers |= {"workspace_ptr": "fp32", "counters_ptr": "i32"}
     integers = ("sharing", "streamed", "blocks_m", "steps", "units")
-    binary = compiled(transposed.transposed_kernel, pointers, integers, constants, "sm_90", num_warps=4)
-    assert binary.metadata.shared <= SHARED_MEMORY["sm_90"]
-    report = ptxas_report(binary, tmp_path)
-    assert "0 bytes spill stores" in report, report
-    assert "C75" not in report, report  # wgmma serialized
-    ptx = binary.asm["ptx"]
-    # the A operand is in registers, a product of 16 rows of W each; movmatrix turned every one of them over
-    assert f"wgmma.mma_async.sync.aligned.m64n{plan.block_m}k16.f32" in ptx
-    assert ptx.count("movmatrix") == 4 * ptx.count("wgmma.mma_async")
+    options = transposed.options(plan.resident)
+    return compiled(transposed.transposed_kernel, pointers, integers, constants, "sm_90", **options)
+
+
+@pytest.mark.parametrize(("bits", "dtype", "scales", "group_columns", "rows"), list(transposed_cases()))
+def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, rows, tmp_path):
+    problem = replace(LARGE, M=2048, bits=bits, group_columns=group_columns, dtype=dtype)
+    plans = {plan.resident: plan for plan in transposed_plans(problem) if plan.block_m == rows}
+    assert plans
+    for plan in plans.values():
+        binary = compiled_gradient(problem, plan, scales)
+        assert binary.metadata.shared <= (SHARED_MEMORY["sm_90"] if plan.resident == 1 else 113 << 10)
+        report = ptxas_report(binary, tmp_path)
+        assert "0 bytes spill stores" in report, report
+        assert "C75" not in report, report  # wgmma serialized
+        ptx = binary.asm["ptx"]
+        # the A operand is in registers, a product of 16 rows of W each; movmatrix turned every one of them over
+        assert f"wgmma.mma_async.sync.aligned.m64n{plan.block_m}k16.f32" in ptx
+        assert ptx.count("movmatrix") == 4 * ptx.count("wgmma.mma_async")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])

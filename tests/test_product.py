@@ -162,7 +162,12 @@ def test_many_rows_take_their_kernel(gpu, M, N, K, shared, act_order):
     (64, 96, 304, 32, False), (300, 1040, 1000, 100, True), (4000, 512, 1024, 128, False), (513, 4096, 256, -1, False),
 ])  # fmt: skip
 def test_gradients_of_many_rows_take_their_kernel(gpu, monkeypatch, M, N, K, group_size, act_order):
-    monkeypatch.setattr(dispatch, "choose_transposed", lambda problem, **_: dispatch.transposed_tiles(problem))
+    def fastest(problem, **_):
+        return min(
+            dispatch.transposed_plans(problem), key=lambda plan: dispatch._transposed_microseconds(problem, plan)
+        )
+
+    monkeypatch.setattr(dispatch, "choose_transposed", fastest)
     weight = random_weight(K, N, 4, group_size, act_order=act_order)
     tiled = tile_weight(weight)
     dy = random_rows(M, N, torch.bfloat16)
@@ -243,10 +248,11 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order, mult
         if isinstance(plan, DecodePlan) and plan.own_digits:
             ((kind, taken, main),) = gpu.kernels.launches
             assert (kind, taken["own_rows"], taken["aligned"]) == ("decode", M, True)
+            assert taken["numbers"] == (2048 if act_order else 0)
             partial, zeros = gpu.scratch.memory, gpu.scratch.zeros
             met = (partial.data_ptr(), zeros.data_ptr()) if plan.split > 1 else (None, None)
             assert main == (
-                *plan.grid(problem), 0, x.data_ptr(), None, None, tiled.words.data_ptr(),
+                *plan.grid(problem), 0, x.data_ptr(), order, None, None, tiled.words.data_ptr(),
                 tiled.meta.data_ptr(), bias.data_ptr(), y.data_ptr(), *met, M, 530, 1536, tiled.steps, 34, 1536, 530,
             )  # fmt: skip
             if plan.split > 1:
@@ -255,9 +261,9 @@ def test_launches_on_digits_fit_their_memory(gpu, M, group_size, act_order, mult
                 assert partial.numel() == plan.parts(problem) * of_a_part
             continue
         (_, taken, digits), (kind, _, main) = gpu.kernels.launches
-        assert main[3] is None
-        assert main[12:] == (M, 530, 1536, tiled.steps, 34, 1536, 530)
-        main = (*main[:3], *main[4:12])
+        assert main[3:5] == (None, None)
+        assert main[13:] == (M, 530, 1536, tiled.steps, 34, 1536, 530)
+        main = (*main[:3], *main[5:13])
         memory, tiles = gpu.scratch.memory, math.ceil(34 / plan.strips_of_program)
         begin, end = memory.data_ptr(), memory.data_ptr() + 4 * memory.numel()
         in_turn = isinstance(plan, WidePlan) or plan.in_turn
@@ -296,7 +302,7 @@ def test_a_warm_call_is_looked_up_with_the_weight(gpu, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(product, "_prepared", None)
         product.product(x, None, tiled)
-    assert gpu.kernels.launches[-1][2][6] == tiled.words.data_ptr()
+    assert gpu.kernels.launches[-1][2][7] == tiled.words.data_ptr()
 
 
 def test_batch_invariance_takes_eight_rows_at_a_time(gpu):

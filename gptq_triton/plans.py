@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+DIGIT_BYTES, SUM_BYTES = 1024, 32  # of a step, for a tile of x; sums for each group that is taken in turn
+_SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 elsewhere
+
 
 def groups_of_step(group_columns: int) -> int:
     """How many groups of so many columns the 128 columns of a step have, in part or whole."""
@@ -71,6 +74,11 @@ class Problem:
     def capability(self) -> int:
         """NVIDIA's compute capability times ten; 0 for others."""
         return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that a program may have."""
+        return _SHARED_MEMORY.get(self.capability, 99) * 1024
 
 
 @dataclass(frozen=True)

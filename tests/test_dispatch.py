@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_triton import tables
-from gptq_triton.dispatch import candidates, choose, choose_transposed, microseconds, transposed_plans
+from gptq_triton.dispatch import candidates, choose, choose_transposed, transposed_plans
+from gptq_triton.estimates import microseconds
 from gptq_triton.layout import ONE_GROUP
 from gptq_triton.plans import (
     DecodePlan,

@@ -49,7 +49,7 @@ ROWS = (1, 4, 5, 8, 9, 16, 17, 33, 64, 65, 200, 300)  # both sides of every step
 def kernels_for_gradients():
     """Of small layers too, where W as floats is faster."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_transposed_microseconds", lambda _, plan: isinstance(plan, plans.DequantizePlan))
+        patch.setattr(dispatch, "transposed_microseconds", lambda _, plan: isinstance(plan, plans.DequantizePlan))
         yield
 
 

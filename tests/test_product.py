@@ -163,9 +163,7 @@ def test_many_rows_take_their_kernel(gpu, M, N, K, shared, act_order):
 ])  # fmt: skip
 def test_gradients_of_many_rows_take_their_kernel(gpu, monkeypatch, M, N, K, group_size, act_order):
     def fastest(problem, **_):
-        return min(
-            dispatch.transposed_plans(problem), key=lambda plan: dispatch._transposed_microseconds(problem, plan)
-        )
+        return min(dispatch.transposed_plans(problem), key=lambda plan: dispatch.transposed_microseconds(problem, plan))
 
     monkeypatch.setattr(dispatch, "choose_transposed", fastest)
     weight = random_weight(K, N, 4, group_size, act_order=act_order)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cases import Case
@@ -19,7 +19,7 @@ GPU = RESULTS / "h200"
 WIDTHS = (8, 4, 3, 2)
 LAYERS = {(4096, 4096): "4096 x 4096", (28672, 4096): "28672 x 4096", (8192, 28672): "8192 x 28672"}
 SHOWN_ROWS = (1, 16, 64)
-PREFILL_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)
+MANY_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)
 DEFAULT = "clip, refine 1"  # of QuantizeConfig, as bench/switches.py calls it
 PLOTS = {"speedup.svg": "Speed-up over fp16 against M", "floor.svg": "Fraction of the floor against M"}
 
@@ -72,7 +72,9 @@ def _order(row: dict) -> tuple:
 
 def speed() -> str:
     """The whole section on speed; nothing before the first result file exists."""
-    parts = [decode(), prefill(), end_to_end(), quantizing()]
+    prefill = many_rows("prefill.json", "Prefill", ("cublas", "humming"))
+    gradients = many_rows("backward.json", "Gradients with respect to x", ("cublas",))
+    parts = [decode(), prefill, gradients, end_to_end(), quantizing()]
     if not any(parts):
         return ""
     plots = [f"![{title}](bench/results/h200/{name})" for name, title in PLOTS.items() if (GPU / name).exists()]
@@ -108,17 +110,18 @@ def decode() -> str:
     return "\n".join(lines)
 
 
-def prefill() -> str:
-    """Speed-ups over cuBLAS in fp16 and over humming at large M, geometric means over all shapes."""
-    result = read(GPU / "prefill.json")
+def many_rows(file: str, title: str, peers: Sequence[str]) -> str:
+    """Speed-ups over peers, cuBLAS in fp16 the first of them, at large M, geometric means over all shapes."""
+    result = read(GPU / file)
     found = cells_of(result["rows"])
     if not found:
         return ""
-    rows = [M for M in PREFILL_ROWS if any(case.M == M for case in found)]
+    rows = [M for M in MANY_ROWS if any(case.M == M for case in found)]
     shapes = Counter((case.bits, case.M) for case in found if case.M in rows).values()
+    count = " to ".join(map(str, sorted({min(shapes), max(shapes)})))
+    over = "cuBLAS in fp16" + "".join(f" (over {peer})" for peer in peers[1:])
     lines = [
-        f"Prefill on one {_machine(result)}: speed-up over cuBLAS in fp16 (over humming), geometric means over the "
-        f"shapes measured, {min(shapes)} to {max(shapes)}.",
+        f"{title} on one {_machine(result)}: speed-up over {over}, geometric means over the {count} shapes measured.",
         "",
         "| bits | " + " | ".join(f"M = {M}" for M in rows) + " |",
         "|---|" + "---|" * len(rows),
@@ -127,8 +130,8 @@ def prefill() -> str:
         entries = []
         for M in rows:
             group = {case: cell for case, cell in found.items() if case.bits == bits and case.M == M}
-            cublas, humming = (geomean(speedups(group, peer).values()) for peer in ("cublas", "humming"))
-            entries.append(f"{_number(cublas)} ({_number(humming)})")
+            first, *others = (_number(geomean(speedups(group, peer).values())) for peer in peers)
+            entries.append(" ".join([first, *(f"({other})" for other in others)]))
         lines.append(f"| {bits} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 

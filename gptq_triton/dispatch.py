@@ -38,6 +38,23 @@ ROWS_OF_MATMUL = 192
 ROWS_OF_FLOATS = 256  # up to which W as floats never pays off where there is the kernel for many rows
 ROWS_OF_TRANSPOSED = 64  # of dy: below, W as floats is faster
 SLAB_BYTES = 256 << 20  # of W as floats at a time
+_TWO_LAUNCHES = 1.03  # how much longer one has to be estimated to take
+
+
+@functools.lru_cache(1024)
+def rows_at_once(problem: Problem) -> int:
+    """Rows of x to multiply by a first launch: all, or as many as fill tiles, so that a few are left over."""
+    if not problem.takes_large:
+        return problem.M
+
+    def shortest(M: int) -> float:
+        part = replace(problem, M=M)
+        return microseconds(part, choose(part))
+
+    times = {problem.M: shortest(problem.M)}
+    for rows in {problem.M // tile * tile for tile in (64, 128, 256)} - {0, problem.M}:
+        times[rows] = _TWO_LAUNCHES * (shortest(rows) + shortest(problem.M - rows))
+    return min(times, key=lambda rows: times[rows])
 
 
 def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:

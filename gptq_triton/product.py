@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant
     if rows >= M:
         _launch(weight, M, stride, x, bias, batch_invariant)(x, stride, bias, weight, y)
         return y
-    xs, ys = x.view(M, K) if x.dim() != 2 else x, y.view(M, weight.N)
+    xs, ys = _rows(x, M), _rows(y, M)
     for first in range(0, M, rows):
         part = xs[first : first + rows]
         launch = _launch(weight, len(part), stride, part, bias, batch_invariant)
@@ -50,13 +51,35 @@ def _launch(weight: TiledWeight, M: int, stride: int, x: Tensor, bias: Tensor | 
 
 @functools.lru_cache(maxsize=1 << 12)
 def _prepared(problem: Problem, operands: Operands, device: int, batch_invariant: bool) -> Launch:
-    return prepare_launch(problem, plan_of(problem, device, batch_invariant), operands, device)
+    parts = plans_of(problem, device, batch_invariant)
+    launches = [prepare_launch(part, plan, operands, device) for part, plan in parts]
+    if len(launches) == 1:
+        return launches[0]
+
+    def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
+        xs, ys = _rows(x, problem.M), _rows(y, problem.M)
+        first = 0
+        for (part, _), one in zip(parts, launches, strict=True):
+            one(xs[first : first + part.M], stride, bias, weight, ys[first : first + part.M])
+            first += part.M
+
+    return launch
 
 
-def plan_of(problem: Problem, device: int, batch_invariant: bool = False) -> Plan:
-    """How ``x @ W`` is computed: as a table of measured plans says, else as estimated."""
-    plan = None if batch_invariant else tables.lookup(gpu_name(device), problem)
-    return plan or dispatch.choose(problem, batch_invariant=batch_invariant)
+def _rows(x: Tensor, M: int) -> Tensor:
+    return x if x.dim() == 2 else x.view(M, x.shape[-1])
+
+
+def plans_of(problem: Problem, device: int, batch_invariant: bool = False) -> list[tuple[Problem, Plan]]:
+    """How ``x @ W`` is computed, some rows of x after others: as a table of measured plans says, else as estimated."""
+    if batch_invariant:
+        return [(problem, dispatch.choose(problem, batch_invariant=True))]
+    plan = tables.lookup(gpu_name(device), problem)
+    rows = problem.M if plan else dispatch.rows_at_once(problem)
+    if rows < problem.M:
+        first, rest = (replace(problem, M=M) for M in (rows, problem.M - rows))
+        return plans_of(first, device) + plans_of(rest, device)
+    return [(problem, plan or dispatch.choose(problem))]
 
 
 def forget() -> None:

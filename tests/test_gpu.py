@@ -148,6 +148,19 @@ def test_exact_data_gives_the_exact_answer(bits, dtype):
         assert torch.equal(ops.matmul_transposed(dy, tiled), oracle(dy, weight, transposed=True).to(dtype))
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_rows_that_do_not_fill_tiles_are_multiplied_by_launches_of_their_own(monkeypatch, act_order):
+    monkeypatch.setattr(dispatch, "rows_at_once", lambda problem: min(problem.M, 128))
+    weight = random_weight(520, 264, 4, 128, exact=True, act_order=act_order, device=DEVICE)
+    tiled = tile_weight(weight)
+    for M in (129, 300):
+        x = exact_rows(M, 520, torch.float16, device=DEVICE)
+        expected = oracle(x, weight).half()
+        assert len(product.plans_of(product.problem_of(M, torch.float16, 0, tiled), 0)) == -(-M // 128)
+        for _ in range(2):
+            assert torch.equal(ops.matmul(x, tiled), expected)
+
+
 @pytest.mark.parametrize(
     ("bits", "group_size", "M"),
     [

@@ -22,11 +22,10 @@ from torch import Tensor
 from weights import codes_of, dense
 
 from gptq_triton import ops
-from gptq_triton.dispatch import choose_transposed
 from gptq_triton.layout import ONE_GROUP, STEP, STRIP, tile_weight
 from gptq_triton.packing import PackedWeight
 from gptq_triton.plans import Plan, Problem, TransposedPlan
-from gptq_triton.product import gpu, plans_of
+from gptq_triton.product import gpu, plans_of, plans_transposed
 
 
 class Provider:
@@ -81,9 +80,7 @@ class Ours(Provider):
 
     def plan(self, case: Case) -> str | None:
         problem = self._problem(case)
-        if case.op == "matmul_transposed":
-            return _text(choose_transposed(problem))
-        parts = plans_of(problem, 0)
+        parts = plans_transposed(problem) if case.op == "matmul_transposed" else plans_of(problem, 0)
         if len(parts) == 1:
             return _text(parts[0][1])
         return " + ".join(f"{part.M} rows: {_text(plan)}" for part, plan in parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from .plans import (
     DecodePlan,
     DequantizePlan,
     FusedPlan,
+    GradientPlan,
     LargePlan,
     MatmulPlan,
     Plan,
@@ -36,7 +37,6 @@ ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits; fewer where a 
 # beyond, without the kernel for many rows, W as floats pays off: on an H200 between 128 (4096 x 4096) and 400 rows
 ROWS_OF_MATMUL = 192
 ROWS_OF_FLOATS = 256  # up to which W as floats never pays off where there is the kernel for many rows
-ROWS_OF_TRANSPOSED = 64  # of dy: below, W as floats is faster
 SLAB_BYTES = 256 << 20  # of W as floats at a time
 _TWO_LAUNCHES = 1.03  # how much longer one has to be estimated to take
 
@@ -44,16 +44,20 @@ _TWO_LAUNCHES = 1.03  # how much longer one has to be estimated to take
 @functools.lru_cache(1024)
 def rows_at_once(problem: Problem) -> int:
     """Rows of x to multiply by a first launch: all, or as many as fill tiles, so that a few are left over."""
-    if not problem.takes_large:
-        return problem.M
+    return _filling(problem, lambda part: microseconds(part, choose(part))) if problem.takes_large else problem.M
 
-    def shortest(M: int) -> float:
-        part = replace(problem, M=M)
-        return microseconds(part, choose(part))
 
-    times = {problem.M: shortest(problem.M)}
+@functools.lru_cache(1024)
+def rows_at_once_transposed(problem: Problem, *, aligned: bool = True) -> int:
+    """The same of dy."""
+    return _filling(problem, lambda part: transposed_microseconds(part, choose_transposed(part, aligned=aligned)))
+
+
+def _filling(problem: Problem, time: Callable[[Problem], float]) -> int:
+    times = {problem.M: time(problem)}
     for rows in {problem.M // tile * tile for tile in (64, 128, 256)} - {0, problem.M}:
-        times[rows] = _TWO_LAUNCHES * (shortest(rows) + shortest(problem.M - rows))
+        parts = (replace(problem, M=M) for M in (rows, problem.M - rows))
+        times[rows] = _TWO_LAUNCHES * sum(map(time, parts))
     return min(times, key=lambda rows: times[rows])
 
 
@@ -84,7 +88,7 @@ def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
 
 
 @functools.lru_cache(1024)
-def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPlan | DequantizePlan:
+def choose_transposed(problem: Problem, *, aligned: bool = True) -> GradientPlan:
     """The plan for ``dy @ W.T``.
 
     Args:
@@ -96,7 +100,7 @@ def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPl
     """
     _check_dtype(problem.dtype)
     floats = _dequantize(problem)
-    if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
+    if problem.capability != 90 or not problem.takes_digits or not aligned:
         return floats
     whole = [floats] if problem.strips <= floats.strips else []  # else sums of slabs have to be added
     return min((*transposed_plans(problem), *whole), key=lambda plan: transposed_microseconds(problem, plan))

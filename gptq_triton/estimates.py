@@ -13,12 +13,12 @@ from .plans import (
     SUM_BYTES,
     DecodePlan,
     DequantizePlan,
+    GradientPlan,
     LargePlan,
     MatmulPlan,
     Plan,
     Problem,
     Shares,
-    TransposedPlan,
     WidePlan,
 )
 
@@ -57,7 +57,7 @@ def microseconds(problem: Problem, plan: Plan) -> float:
     return order + _matmul_microseconds(problem, plan)
 
 
-def transposed_microseconds(problem: Problem, plan: TransposedPlan | DequantizePlan) -> float:
+def transposed_microseconds(problem: Problem, plan: GradientPlan) -> float:
     """Of ``dy @ W.T``."""
     if isinstance(plan, DequantizePlan):
         return _floats_microseconds(problem, 16 * problem.strips)
@@ -174,7 +174,7 @@ def _floats_microseconds(problem: Problem, terms: int) -> float:
     weights = problem.strips * 16 * problem.steps * 128
     work = 2 * problem.M * weights
     rate = 660e6 if _lasts(problem) else 800e6 / (1 + 140 / terms)  # short sums have their cost
-    return 5.0 + 0.7e-6 * weights + max(1.2e-3 * terms, work / rate)
+    return 5.0 + 0.7e-6 * weights + max(1.2e-3 * terms, work / rate, 2 * weights / 4.3e6)
 
 
 def _lasts(problem: Problem) -> bool:

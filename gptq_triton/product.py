@@ -11,7 +11,7 @@ from torch import Tensor
 from . import dispatch, tables
 from .launches import Launch, Operands, multiply_transposed, prepare_launch
 from .layout import STEP, TiledWeight
-from .plans import Plan, Problem
+from .plans import GradientPlan, Plan, Problem
 
 
 def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant: bool = False) -> Tensor:
@@ -89,14 +89,27 @@ def forget() -> None:
 
 def product_transposed(dy: Tensor, weight: TiledWeight) -> Tensor:
     """``dy @ W.T``, as `ops.matmul_transposed` says, without gradients."""
+    M = len(dy)
+    if M == 0:
+        return dy.new_empty(0, weight.K)
     columns = weight.K if weight.order is None else weight.steps * STEP
-    problem = problem_of(len(dy), dy.dtype, dy.get_device(), weight)
-    plan = dispatch.choose_transposed(problem, aligned=weight.N % 8 == columns % 8 == 0)
+    dx, first = dy.new_empty(M, columns), 0
     with torch.cuda.device(dy.device):
-        dx = multiply_transposed(problem, plan, dy, weight, columns)
-    if weight.order is None:
-        return dx
-    return dx[:, weight.inverse_order()]
+        problem = problem_of(M, dy.dtype, dy.get_device(), weight)
+        for part, plan in plans_transposed(problem, aligned=weight.N % 8 == columns % 8 == 0):
+            rows = slice(first, first + part.M)
+            multiply_transposed(part, plan, dy[rows], weight, dx[rows])
+            first += part.M
+    return dx if weight.order is None else dx[:, weight.inverse_order()]
+
+
+def plans_transposed(problem: Problem, *, aligned: bool = True) -> list[tuple[Problem, GradientPlan]]:
+    """How ``dy @ W.T`` is computed, some rows of dy after others."""
+    rows = dispatch.rows_at_once_transposed(problem, aligned=aligned)
+    if rows < problem.M:
+        first, rest = (replace(problem, M=M) for M in (rows, problem.M - rows))
+        return plans_transposed(first, aligned=aligned) + plans_transposed(rest, aligned=aligned)
+    return [(problem, dispatch.choose_transposed(problem, aligned=aligned))]
 
 
 def problem_of(M: int, dtype: torch.dtype, device: int, weight: TiledWeight, aligned: bool = True) -> Problem:

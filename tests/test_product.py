@@ -151,7 +151,8 @@ def test_rows_of_regimes_without_digits(gpu, M, act_order, group_size):
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("view", [(300, 256), (3, 100, 256)])
 def test_rows_that_do_not_fill_tiles_are_multiplied_by_launches_of_their_own(gpu, monkeypatch, view, act_order):
-    monkeypatch.setattr(dispatch, "rows_at_once", lambda problem: min(problem.M, 128))
+    for name in ("rows_at_once", "rows_at_once_transposed"):
+        monkeypatch.setattr(dispatch, name, lambda problem, **_: min(problem.M, 128))
     weight = random_weight(256, 96, 4, 128, act_order=act_order)
     tiled, bias = tile_weight(weight), random_rows(1, 96, torch.float16, seed=1)[0]
     x = random_rows(300, 256, torch.float16)

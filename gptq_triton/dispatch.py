@@ -180,6 +180,12 @@ _WIDE = {
         8: _EIGHT,
     },
 }
+# of two groups a step, which take more registers, also these
+_WIDE_HELD = {
+    (8, 4): ((4, 4, 4, 128),),
+    (16, 2): ((8, 4, 8, 128), (4, 4, 4, 128)),
+    (16, 4): ((8, 2, 4, 128), (4, 2, 4, 128)),
+}
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
     16: ((128, 4, 4, 128), (64, 4, 4, None)),
@@ -250,11 +256,14 @@ def with_order(problem: Problem, plan: FusedPlan) -> FusedPlan | None:
 
 
 def _wide(problem: Problem) -> Iterable[WidePlan]:
+    rows = 8 if problem.M <= 8 else 16
+    found = _WIDE[rows][problem.bits]
+    if problem.subgroups == 2:
+        found = (*((*tiles[:3], None) for tiles in found), *_WIDE_HELD.get((rows, problem.bits), ()))
     plans = {}
-    for warps, depth, chunk, registers in _WIDE[8 if problem.M <= 8 else 16][problem.bits]:
+    for warps, depth, chunk, registers in found:
         for split in _SPLITS:
-            # two products take more registers, and so does the bias where no partial sums meet
-            held = problem.subgroups == 1 and (split > 1 or depth == 8)
+            held = split > 1 or depth == 8  # else a bias takes more registers
             if split <= problem.steps:
                 plans[WidePlan(warps, depth, chunk, split, registers if held else None)] = None
     return plans

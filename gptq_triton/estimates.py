@@ -127,8 +127,10 @@ def _resident(problem: Problem, plan: DecodePlan | WidePlan) -> int:
         digits = plan.chunk * plan.warps_k * plan.tiles * (DIGIT_BYTES + SUM_BYTES)
         shared = digits * (2 - plan.own_digits) + 256 * plan.tiles * plan.strips * plan.warps
     else:
-        sixteen = plan.rows(problem) == 16
-        registers = 168 if words > (40 if sixteen else 72) else 128 if words > (20 if sixteen else 40) else 96
+        some, many = {(8, 1): (40, 72), (8, 2): (20, 40), (16, 1): (20, 40), (16, 2): (10, 20)}[
+            plan.rows(problem), problem.subgroups
+        ]
+        registers = 168 if words > many else 129 if words == many else 128 if words > some else 96
         registers = plan.max_registers or registers  # ptxas takes what it may
         shared = 2 * plan.chunk * plan.rows(problem) * 264  # digits, unit and sum of a row
     return max(1, min(2048 // (plan.warps * registers), problem.shared_memory // (shared + 1024)))

@@ -211,7 +211,7 @@ def _decode(problem: Problem) -> Iterator[DecodePlan]:
     tiles = next(tiles for tiles in _DECODE if 4 * tiles >= problem.M * problem.subgroups // turns)
     for strips, warps_n, warps_k, depth, chunk in _DECODE[tiles][problem.bits]:
         step = tiles * (DIGIT_BYTES + turns * SUM_BYTES)
-        room = problem.shared_memory - 256 * tiles * strips * warps_n * warps_k  # beside partial sums
+        room = _room(problem, tiles * strips * warps_n * warps_k)
         while chunk > 1 and 2 * chunk * warps_k * step > room:
             chunk //= 2
         rounds = -(-problem.steps // warps_k)
@@ -237,7 +237,7 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
     rounds = min(plan.rounds(problem), math.ceil(problem.steps / plan.warps_k))
     passes = math.ceil(rounds / (2 * plan.warps_n))  # of two steps a warp
     chunk = passes * 2 * plan.warps_n
-    room = problem.shared_memory - 256 * plan.strips * plan.warps
+    room = _room(problem, plan.strips * plan.warps)
     if problem.ordered:  # every program puts all of x in order
         row = power_of_two(128 * problem.steps)
         room -= 2 * row
@@ -247,9 +247,19 @@ def with_own_digits(problem: Problem, plan: DecodePlan) -> DecodePlan | None:
     return replace(plan, chunk=chunk, depth=min(plan.depth, chunk), own_digits=True) if fit else None
 
 
+def has_room(problem: Problem, plan: DecodePlan) -> bool:
+    """Whether programs that find the digits of x themselves, if they do, have room for what there is to find."""
+    return not plan.own_digits or with_own_digits(problem, plan) == plan
+
+
+def _room(problem: Problem, partial_sums: int) -> int:
+    """Bytes of shared memory for digits, beside partial sums of so many strips for four rows of x at most."""
+    return problem.shared_memory - 256 * partial_sums
+
+
 def with_order(problem: Problem, plan: FusedPlan) -> FusedPlan | None:
     """A plan for the same product without act-order, changed as the order asks; None where others suit it better."""
-    if isinstance(plan, DecodePlan) and plan.own_digits and with_own_digits(problem, plan) != plan:
+    if isinstance(plan, DecodePlan) and not has_room(problem, plan):
         return replace(plan, depth=min(plan.depth, 4), chunk=4, own_digits=False)
     many = ROWS_OF_DIGITS // problem.subgroups < problem.M
     return plan if many or isinstance(plan, (DecodePlan, WidePlan)) else None
@@ -305,8 +315,8 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         tiles, programs = whole.tiles(problem), resident * problem.multiprocessors
         if block_m < min(problem.M, 256) / 3 and (block_m < 32 or tiles > programs):
             continue  # tiles that take turns
-        most = programs // (tiles % programs or programs)  # equal parts of a tile
-        splits = [split for split in sorted({*_SPLITS, most}) if split <= problem.steps]
+        splits = sorted({*_SPLITS, Shares.equal_parts(tiles, programs)})
+        splits = [split for split in splits if split <= problem.steps]
         plans = [replace(whole, split=split) for split in splits]
         yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
@@ -322,8 +332,8 @@ def transposed_plans(problem: Problem) -> Iterator[TransposedPlan]:
             continue  # tiles that are mostly empty
         stage = 64 * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
         stages = min(8, (problem.shared_memory // resident - 256 * block_m - 2048) // stage)
-        tiles, most = -(-problem.M // block_m) * problem.steps, resident * problem.multiprocessors
-        units = -(-problem.strips // (4 * unit))
-        equal = most // (tiles % most or most)  # parts of a tile
+        tiles, units = TransposedPlan.cut(problem, block_m, unit)
+        most = resident * problem.multiprocessors
+        equal = Shares.equal_parts(tiles, most)
         plans = {Shares.of(tiles, split, most): None for split in (1, 2, 3, 4, equal, equal + 1) if split <= units}
         yield from (TransposedPlan(block_m, stages, unit, 8, shares, resident) for shares in plans)

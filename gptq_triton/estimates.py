@@ -62,7 +62,7 @@ def transposed_microseconds(problem: Problem, plan: GradientPlan) -> float:
     if isinstance(plan, DequantizePlan):
         return _floats_microseconds(problem, 16 * problem.strips)
     shares = plan.shares
-    tiles, units = -(-problem.M // plan.block_m) * problem.steps, -(-problem.strips // (4 * plan.unit))
+    tiles, units = plan.cut(problem, plan.block_m, plan.unit)
     stage = _TRANSPOSED_STAGE[plan.block_m, -(-shares.programs // problem.multiprocessors)]
     stage = (stage + _TRANSPOSED_UNPACK[problem.bits]) * _apart(shares, 32 * problem.M * problem.strips)
     stage *= 1.065 if _lasts(problem) else 1.0

@@ -235,6 +235,11 @@ class Shares(NamedTuple):
             return cls(left * split if tiles < most else most, left * split, left)
         return cls(most, most, left if tiles < most or 2 * left >= most else left + most)
 
+    @staticmethod
+    def equal_parts(tiles: int, most: int) -> int:
+        """Of a tile left over, so that as many of the programs as can have one."""
+        return most // (tiles % most or most)
+
     @property
     def parts(self) -> int:
         """Of a shared tile, at most."""
@@ -299,6 +304,11 @@ class TransposedPlan:
     group_m: int  # blocks of rows of dy that go through W together
     shares: Shares  # of tiles of dx
     resident: int = 1  # programs of a multiprocessor at a time
+
+    @staticmethod
+    def cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:
+        """Tiles of dx, and the units of each."""
+        return -(-problem.M // block_m) * problem.steps, -(-problem.strips // (4 * unit))
 
 
 FusedPlan = DecodePlan | WidePlan | MatmulPlan | LargePlan

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .atomic import atomic_write
-from .dispatch import with_order, with_own_digits
+from .dispatch import has_room, with_order
 from .plans import DecodePlan, FusedPlan, LargePlan, MatmulPlan, Problem, WidePlan
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)  # rows of x that share a plan, up to
@@ -42,7 +42,7 @@ def lookup(gpu: str, problem: Problem) -> FusedPlan | None:
     plan = None if found is None else plan_from(found)
     if plan is None and problem.ordered and (plan := lookup(gpu, replace(problem, ordered=False))) is not None:
         plan = with_order(problem, plan)
-    if isinstance(plan, DecodePlan) and plan.own_digits and with_own_digits(problem, plan) != plan:
+    if isinstance(plan, DecodePlan) and not has_room(problem, plan):
         return None  # on a GPU of that name with fewer multiprocessors a program has more to find than it has room for
     return None if isinstance(plan, LargePlan) and not problem.takes_large else plan
 

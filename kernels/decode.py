@@ -220,14 +220,14 @@ def decode_kernel(
         meta = meta + (load_meta(m_ptrs, step, last, strips, SUBGROUPS, TURNS, GROUP_STEPS),)
         step += WARPS_K
     PASS: gl.constexpr = 2 * WARPS_N * WARPS_K
+    first = lo * WARPS_K
     around = rounds * WARPS_K if EVEN else None
     order = None
     if order_ptr is not None:
-        order = load_order(order_ptr, lo * WARPS_K, end, around, ROWS // PASS, PASS, OL)
+        order = load_order(order_ptr, first, end, around, ROWS // PASS, PASS, OL)
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
         do(LAUNCH_DEPENDENTS)  # what follows may count on those kernels without waiting for this one
-    first = lo * WARPS_K
     lo_of_digits = lo
     if OWN_ROWS:
         write_digits(

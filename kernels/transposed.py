@@ -82,7 +82,7 @@ def _copy_dy(dy, ring, slot, stage, block):
 @gluon.jit
 def _copier(
     dy, sources, ring, shares, blocks_m, steps, F: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """One warp: everything to shared memory, as soon as there is room."""
     empty = ring[5]
@@ -98,9 +98,8 @@ def _copier(
     ahead = gl.minimum((stop - start) * UNIT, STAGES)
     for i in range(ahead):
         _copy_weight(sources, ring, i, start * UNIT + i, step, F, GROUP_STEPS)
-    if PDL:
-        do(WAIT_FOR_EARLIER)
-        do(LAUNCH_DEPENDENTS)  # what follows may count on the kernels before without waiting for this one
+    do(WAIT_FOR_EARLIER)
+    do(LAUNCH_DEPENDENTS)  # what follows may count on the kernels before without waiting for this one
     for i in range(ahead):
         _copy_dy(dy, ring, i, start * UNIT + i, block)
 
@@ -194,7 +193,7 @@ def transposed_kernel(
     dy, words, low_words, meta, dx, workspace_ptr, counters_ptr,
     sharing, streamed, blocks_m, steps, units,
     F: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, GROUP_M: gl.constexpr,
-    UNIT: gl.constexpr, REGISTERS: gl.constexpr, R: gl.constexpr, PDL: gl.constexpr,
+    UNIT: gl.constexpr, REGISTERS: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups that multiply, one warp that copies."""
     dy_s = gl.allocate_shared_memory(F.dtype, [STAGES, BLOCK_M, 16 * STAGE], ROWS_LAYOUT)
@@ -217,7 +216,7 @@ def transposed_kernel(
         [
             (_multiplier, (0, dx, meeting, ring, dx_s, shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R, AT_ONCE)),
             (_multiplier, (1, dx, meeting, ring, dx_s, shares, blocks_m, steps, F, GROUP_M, STAGES, UNIT, R, AT_ONCE)),
-            (_copier, (dy, sources, ring, shares, blocks_m, steps, F, GROUP_STEPS, GROUP_M, STAGES, UNIT, PDL)),
+            (_copier, (dy, sources, ring, shares, blocks_m, steps, F, GROUP_STEPS, GROUP_M, STAGES, UNIT)),
         ],
         [4, 1],
         [REGISTERS, 24 if REGISTERS == 240 else 40 if REGISTERS > 104 else 32],
@@ -239,7 +238,6 @@ def constants(
         "UNIT": unit,
         "REGISTERS": 104 if resident == 2 else 240 if block_m == 256 else 232,
         "R": sums_layout(block_m),
-        "PDL": True,
     }
 
 

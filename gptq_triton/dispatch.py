@@ -330,6 +330,8 @@ def transposed_plans(problem: Problem) -> Iterator[TransposedPlan]:
     for block_m, resident, unit in _TRANSPOSED:
         if 32 < block_m >= 2 * problem.M:
             continue  # tiles that are mostly empty
+        if unit == 8 and problem.bits == 3:
+            continue  # more registers than there are
         stage = 64 * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
         stages = min(8, (problem.shared_memory // resident - 256 * block_m - 2048) // stage)
         tiles, units = TransposedPlan.cut(problem, block_m, unit)

@@ -180,8 +180,7 @@ def test_gradients_compile_and_fit(bits, dtype, scales, group_columns, rows, tmp
         binary = compiled_gradient(problem, plan, scales)
         assert binary.metadata.shared <= (SHARED_MEMORY["sm_90"] if plan.resident == 1 else 113 << 10)
         report = ptxas_report(binary, tmp_path)
-        once_a_tile = 4 if (bits, rows) == (3, 256) else 0  # an address, for the store
-        assert f" {once_a_tile} bytes spill stores" in report, report
+        assert "0 bytes spill stores" in report, report
         assert "C75" not in report, report  # wgmma serialized
         ptx = binary.asm["ptx"]
         # the A operand is in registers, a product of 16 rows of W each; movmatrix turned every one of them over

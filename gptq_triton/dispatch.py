@@ -38,26 +38,32 @@ ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits; fewer where a 
 ROWS_OF_MATMUL = 192
 ROWS_OF_FLOATS = 256  # up to which W as floats never pays off where there is the kernel for many rows
 SLAB_BYTES = 256 << 20  # of W as floats at a time
-_TWO_LAUNCHES = 1.03  # how much longer one has to be estimated to take
+# how much longer one launch has to be estimated to take for two to pay off; and the microseconds that a second one on
+# tiles loses, whose programs find no room before those of the first have ended
+_TWO_LAUNCHES, _BEHIND = 1.03, 4.0
 
 
 @functools.lru_cache(1024)
 def rows_at_once(problem: Problem) -> int:
     """Rows of x to multiply by a first launch: all, or as many as fill tiles, so that a few are left over."""
-    return _filling(problem, lambda part: microseconds(part, choose(part))) if problem.takes_large else problem.M
+    if not problem.takes_large:
+        return problem.M
+    return _filling(problem, lambda part: microseconds(part, choose(part)), ROWS_OF_DIGITS)
 
 
 @functools.lru_cache(1024)
 def rows_at_once_transposed(problem: Problem, *, aligned: bool = True) -> int:
     """The same of dy."""
-    return _filling(problem, lambda part: transposed_microseconds(part, choose_transposed(part, aligned=aligned)))
+    return _filling(problem, lambda part: transposed_microseconds(part, choose_transposed(part, aligned=aligned)), 0)
 
 
-def _filling(problem: Problem, time: Callable[[Problem], float]) -> int:
+def _filling(problem: Problem, time: Callable[[Problem], float], few: int) -> int:
+    """The same by an estimate for so many rows; up to few rows have smaller programs."""
     times = {problem.M: time(problem)}
     for rows in {problem.M // tile * tile for tile in (64, 128, 256)} - {0, problem.M}:
         parts = (replace(problem, M=M) for M in (rows, problem.M - rows))
-        times[rows] = _TWO_LAUNCHES * sum(map(time, parts))
+        behind = _BEHIND if problem.M - rows > few else 0.0
+        times[rows] = _TWO_LAUNCHES * sum(map(time, parts)) + behind
     return min(times, key=lambda rows: times[rows])
 
 

@@ -105,6 +105,7 @@ def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
         rounds, strips, filling = -(-problem.steps // split), 1, 2.7
         latency, cycles = 345, {8: 124, 16: 150}[plan.rows(problem)]
         groups = 1 + 0.4 * more
+        digits += more * plan.rows(problem) / 16  # sums of every group
     groups *= {2: 0.9, 3: 1.06}.get(problem.bits, 1.0)
     each = -(-programs // problem.multiprocessors)  # programs of a multiprocessor
     resident = _resident(problem, plan)
@@ -130,7 +131,10 @@ def _resident(problem: Problem, plan: DecodePlan | WidePlan) -> int:
         some, many = {(8, 1): (40, 72), (8, 2): (20, 40), (16, 1): (20, 40), (16, 2): (10, 20)}[
             plan.rows(problem), problem.subgroups
         ]
-        registers = 168 if words > many else 129 if words == many else 128 if words > some else 96
+        if words == many:
+            registers = 128 if problem.subgroups == 2 and plan.split == 1 else 129
+        else:
+            registers = 168 if words > many else 128 if words > some else 96
         registers = plan.max_registers or registers  # ptxas takes what it may
         shared = 2 * plan.chunk * plan.rows(problem) * 264  # digits, unit and sum of a row
     return max(1, min(2048 // (plan.warps * registers), problem.shared_memory // (shared + 1024)))

@@ -34,7 +34,10 @@ class Outcomes:
         self.rows: dict[str, dict[str, Any]] = {}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave out what has passed."""
+        """Leave out what has passed; forget tests that are no more."""
+        if config.args_source is not config.ArgsSource.ARGS and not config.option.keyword:  # all were collected
+            names = {item.nodeid for item in items}
+            self.ledger.rows = [row for row in self.ledger.rows if row["test"] in names]
         rows = {row["test"]: row for row in self.ledger.rows}
         done = [i for i in items if self.ledger.has({"test": i.nodeid}) and rows[i.nodeid]["outcome"] == "passed"]
         config.hook.pytest_deselected(items=done)

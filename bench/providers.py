@@ -22,11 +22,10 @@ from torch import Tensor
 from weights import codes_of, dense
 
 from gptq_triton import ops
-from gptq_triton.dispatch import choose_transposed
 from gptq_triton.layout import ONE_GROUP, STEP, STRIP, tile_weight
 from gptq_triton.packing import PackedWeight
 from gptq_triton.plans import Plan, Problem, TransposedPlan
-from gptq_triton.product import gpu, plan_of
+from gptq_triton.product import gpu, plans_of, plans_transposed
 
 
 class Provider:
@@ -77,10 +76,14 @@ class Ours(Provider):
 
     def prepare(self, cases: Sequence[Case]) -> None:
         forward = [case for case in cases if case.op == "matmul"]
-        compile_plans((self._problem(case), plan_of(self._problem(case), 0)) for case in forward)
+        compile_plans(job for case in forward for job in plans_of(self._problem(case), 0))
 
     def plan(self, case: Case) -> str | None:
-        return " ".join(f"{key}={value}" for key, value in dataclasses.asdict(self._plan(case)).items())
+        problem = self._problem(case)
+        parts = plans_transposed(problem) if case.op == "matmul_transposed" else plans_of(problem, 0)
+        if len(parts) == 1:
+            return _text(parts[0][1])
+        return " + ".join(f"{part.M} rows: {_text(plan)}" for part, plan in parts)
 
     def _problem(self, case: Case) -> Problem:
         columns = ONE_GROUP if case.group_size == -1 else case.group_size
@@ -96,9 +99,9 @@ class Ours(Provider):
             ordered=case.act_order,
         )
 
-    def _plan(self, case: Case) -> Plan | TransposedPlan:
-        problem = self._problem(case)
-        return choose_transposed(problem) if case.op == "matmul_transposed" else plan_of(problem, 0)
+
+def _text(plan: Plan | TransposedPlan) -> str:
+    return " ".join(f"{key}={value}" for key, value in dataclasses.asdict(plan).items())
 
 
 class CuBLAS(Provider):

@@ -37,7 +37,8 @@ K, N = 640, 272
 SECONDS = 150  # for one width and tool
 METHOD = (
     "compute-sanitizer over every kind of plan, where it can with two programs that meet, for "
-    f"{', '.join(map(str, ROWS))} rows, forward and gradient, N = {N}, K = {K}, fp16, groups of 128, exact data"
+    f"{', '.join(map(str, ROWS))} rows, forward and gradient, N = {N}, K = {K}, fp16, groups of 128, "
+    "exact data; with act-order the plan that is chosen"
 )
 
 
@@ -89,7 +90,7 @@ def products(bits: int) -> int:
         problem = replace(product.problem_of(M, torch.float16, 0, tiled), multiprocessors=4)
         plans: dict[Any, Any] = {"floats": dispatch._dequantize(problem)}
         for plan in dispatch.candidates(problem):
-            kind = type(plan), getattr(plan, "own_digits", False), getattr(plan, "even", False)
+            kind = (type(plan), *(getattr(plan, name, None) for name in ("own_digits", "even", "groups", "resident")))
             if kind not in plans or plan.split == 2:
                 plans[kind] = plan
         for plan in plans.values():
@@ -97,9 +98,21 @@ def products(bits: int) -> int:
             launches.prepare_launch(problem, plan, operands, 0)(x.cuda(), K, None, tiled, y)
             if not torch.equal(y.cpu(), expected):
                 raise ArithmeticError(f"{plan} of {problem} does not give the exact result")
-        if not torch.equal(ops.matmul_transposed(dy.cuda(), tiled).cpu(), oracle(dy, weight, transposed=True).half()):
-            raise ArithmeticError(f"the gradient of {problem} is not the exact one")
-        count += len(plans) + 1
+        expected = oracle(dy, weight, transposed=True).half()
+        gradients = {(plan.block_m, plan.resident): plan for plan in dispatch.transposed_plans(problem)}
+        for plan in (dispatch._dequantize(problem), *gradients.values()):
+            dx = torch.empty(M, K, dtype=torch.float16, device="cuda")
+            launches.multiply_transposed(problem, plan, dy.cuda(), tiled, dx)
+            if not torch.equal(dx.cpu(), expected):
+                raise ArithmeticError(f"{plan} of {problem} does not give the exact gradient")
+        count += len(plans) + len(gradients) + 1
+    weight = random_weight(K, N, bits, 128, exact=True, act_order=True)
+    tiled = tile_weight(random_weight(K, N, bits, 128, exact=True, act_order=True, device="cuda"))
+    for M in ROWS:
+        x = exact_rows(M, K, torch.float16)
+        if not torch.equal(ops.matmul(x.cuda(), tiled).cpu(), oracle(x, weight).half()):
+            raise ArithmeticError(f"{M} rows with act-order do not give the exact result")
+        count += 1
     return count
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from .plans import (
     DecodePlan,
     DequantizePlan,
     FusedPlan,
+    GradientPlan,
     LargePlan,
     MatmulPlan,
     Plan,
@@ -36,8 +37,34 @@ ROWS_OF_DIGITS = 16  # up to which x may be multiplied as digits; fewer where a 
 # beyond, without the kernel for many rows, W as floats pays off: on an H200 between 128 (4096 x 4096) and 400 rows
 ROWS_OF_MATMUL = 192
 ROWS_OF_FLOATS = 256  # up to which W as floats never pays off where there is the kernel for many rows
-ROWS_OF_TRANSPOSED = 64  # of dy: below, W as floats is faster
 SLAB_BYTES = 256 << 20  # of W as floats at a time
+# how much longer one launch has to be estimated to take for two to pay off; and the microseconds that a second one on
+# tiles loses, whose programs find no room before those of the first have ended
+_TWO_LAUNCHES, _BEHIND = 1.03, 4.0
+
+
+@functools.lru_cache(1024)
+def rows_at_once(problem: Problem) -> int:
+    """Rows of x to multiply by a first launch: all, or as many as fill tiles, so that a few are left over."""
+    if not problem.takes_large:
+        return problem.M
+    return _filling(problem, lambda part: microseconds(part, choose(part)), ROWS_OF_DIGITS)
+
+
+@functools.lru_cache(1024)
+def rows_at_once_transposed(problem: Problem, *, aligned: bool = True) -> int:
+    """The same of dy."""
+    return _filling(problem, lambda part: transposed_microseconds(part, choose_transposed(part, aligned=aligned)), 0)
+
+
+def _filling(problem: Problem, time: Callable[[Problem], float], few: int) -> int:
+    """The same by an estimate for so many rows; up to few rows have smaller programs."""
+    times = {problem.M: time(problem)}
+    for rows in {problem.M // tile * tile for tile in (64, 128, 256)} - {0, problem.M}:
+        parts = (replace(problem, M=M) for M in (rows, problem.M - rows))
+        behind = _BEHIND if problem.M - rows > few else 0.0
+        times[rows] = _TWO_LAUNCHES * sum(map(time, parts)) + behind
+    return min(times, key=lambda rows: times[rows])
 
 
 def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
@@ -67,7 +94,7 @@ def choose(problem: Problem, *, batch_invariant: bool = False) -> Plan:
 
 
 @functools.lru_cache(1024)
-def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPlan | DequantizePlan:
+def choose_transposed(problem: Problem, *, aligned: bool = True) -> GradientPlan:
     """The plan for ``dy @ W.T``.
 
     Args:
@@ -79,7 +106,7 @@ def choose_transposed(problem: Problem, *, aligned: bool = True) -> TransposedPl
     """
     _check_dtype(problem.dtype)
     floats = _dequantize(problem)
-    if problem.M < ROWS_OF_TRANSPOSED or problem.capability != 90 or not problem.takes_digits or not aligned:
+    if problem.capability != 90 or not problem.takes_digits or not aligned:
         return floats
     whole = [floats] if problem.strips <= floats.strips else []  # else sums of slabs have to be added
     return min((*transposed_plans(problem), *whole), key=lambda plan: transposed_microseconds(problem, plan))
@@ -158,6 +185,12 @@ _WIDE = {
         4: ((4, 4, 4, 120), *_SHALLOW, (8, 8, 8, None), (4, 8, 8, None)),
         8: _EIGHT,
     },
+}
+# of two groups a step, which take more registers, also these
+_WIDE_HELD = {
+    (8, 4): ((4, 4, 4, 128),),
+    (16, 2): ((8, 4, 8, 128), (4, 4, 4, 128)),
+    (16, 4): ((8, 2, 4, 128), (4, 2, 4, 128)),
 }
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
@@ -239,11 +272,14 @@ def with_order(problem: Problem, plan: FusedPlan) -> FusedPlan | None:
 
 
 def _wide(problem: Problem) -> Iterable[WidePlan]:
+    rows = 8 if problem.M <= 8 else 16
+    found = _WIDE[rows][problem.bits]
+    if problem.subgroups == 2:
+        found = (*((*tiles[:3], None) for tiles in found), *_WIDE_HELD.get((rows, problem.bits), ()))
     plans = {}
-    for warps, depth, chunk, registers in _WIDE[8 if problem.M <= 8 else 16][problem.bits]:
+    for warps, depth, chunk, registers in found:
         for split in _SPLITS:
-            # two products take more registers, and so does the bias where no partial sums meet
-            held = problem.subgroups == 1 and (split > 1 or depth == 8)
+            held = split > 1 or depth == 8  # else a bias takes more registers
             if split <= problem.steps:
                 plans[WidePlan(warps, depth, chunk, split, registers if held else None)] = None
     return plans

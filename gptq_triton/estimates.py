@@ -13,12 +13,12 @@ from .plans import (
     SUM_BYTES,
     DecodePlan,
     DequantizePlan,
+    GradientPlan,
     LargePlan,
     MatmulPlan,
     Plan,
     Problem,
     Shares,
-    TransposedPlan,
     WidePlan,
 )
 
@@ -57,7 +57,7 @@ def microseconds(problem: Problem, plan: Plan) -> float:
     return order + _matmul_microseconds(problem, plan)
 
 
-def transposed_microseconds(problem: Problem, plan: TransposedPlan | DequantizePlan) -> float:
+def transposed_microseconds(problem: Problem, plan: GradientPlan) -> float:
     """Of ``dy @ W.T``."""
     if isinstance(plan, DequantizePlan):
         return _floats_microseconds(problem, 16 * problem.strips)
@@ -105,6 +105,7 @@ def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
         rounds, strips, filling = -(-problem.steps // split), 1, 2.7
         latency, cycles = 345, {8: 124, 16: 150}[plan.rows(problem)]
         groups = 1 + 0.4 * more
+        digits += more * plan.rows(problem) / 16  # sums of every group
     groups *= {2: 0.9, 3: 1.06}.get(problem.bits, 1.0)
     each = -(-programs // problem.multiprocessors)  # programs of a multiprocessor
     resident = _resident(problem, plan)
@@ -127,8 +128,13 @@ def _resident(problem: Problem, plan: DecodePlan | WidePlan) -> int:
         digits = plan.chunk * plan.warps_k * plan.tiles * (DIGIT_BYTES + SUM_BYTES)
         shared = digits * (2 - plan.own_digits) + 256 * plan.tiles * plan.strips * plan.warps
     else:
-        sixteen = plan.rows(problem) == 16
-        registers = 168 if words > (40 if sixteen else 72) else 128 if words > (20 if sixteen else 40) else 96
+        some, many = {(8, 1): (40, 72), (8, 2): (20, 40), (16, 1): (20, 40), (16, 2): (10, 20)}[
+            plan.rows(problem), problem.subgroups
+        ]
+        if words == many:
+            registers = 128 if problem.subgroups == 2 and plan.split == 1 else 129
+        else:
+            registers = 168 if words > many else 128 if words > some else 96
         registers = plan.max_registers or registers  # ptxas takes what it may
         shared = 2 * plan.chunk * plan.rows(problem) * 264  # digits, unit and sum of a row
     return max(1, min(2048 // (plan.warps * registers), problem.shared_memory // (shared + 1024)))
@@ -174,7 +180,7 @@ def _floats_microseconds(problem: Problem, terms: int) -> float:
     weights = problem.strips * 16 * problem.steps * 128
     work = 2 * problem.M * weights
     rate = 660e6 if _lasts(problem) else 800e6 / (1 + 140 / terms)  # short sums have their cost
-    return 5.0 + 0.7e-6 * weights + max(1.2e-3 * terms, work / rate)
+    return 5.0 + 0.7e-6 * weights + max(1.2e-3 * terms, work / rate, 2 * weights / 4.3e6)
 
 
 def _lasts(problem: Problem) -> bool:

@@ -22,6 +22,7 @@ from .layout import STEP, STRIP, TiledWeight
 from .plans import (
     DecodePlan,
     DequantizePlan,
+    GradientPlan,
     LargePlan,
     MatmulPlan,
     Plan,
@@ -290,20 +291,18 @@ def _by_floats(
             torch.addmm(bias[first : first + len(w)].to(x.dtype), x, w.t(), out=part)
 
 
-def multiply_transposed(
-    problem: Problem, plan: TransposedPlan | DequantizePlan, dy: Tensor, weight: TiledWeight, columns: int
-) -> Tensor:
-    """``dy @ W.T``, of so many columns in the order of the tiles, on the current stream of the current device."""
+def multiply_transposed(problem: Problem, plan: GradientPlan, dy: Tensor, weight: TiledWeight, dx: Tensor) -> None:
+    """``dx = dy @ W.T``, its columns in the order of the tiles, on the current stream of the current device."""
     if isinstance(plan, TransposedPlan):
-        return _by_tiles(problem, plan, dy, weight, columns)
-    return _by_slabs(problem, plan, dy, weight, columns)
+        _by_tiles(problem, plan, dy, weight, dx)
+    else:
+        _by_slabs(problem, plan, dy, weight, dx)
 
 
-def _by_tiles(problem: Problem, plan: TransposedPlan, dy: Tensor, weight: TiledWeight, columns: int) -> Tensor:
+def _by_tiles(problem: Problem, plan: TransposedPlan, dy: Tensor, weight: TiledWeight, dx: Tensor) -> None:
     device = dy.get_device()
     if dy.stride(1) != 1 or dy.stride(0) % 8 or dy.data_ptr() % 16:
         dy = dy.clone(memory_format=torch.contiguous_format)
-    dx = torch.empty(len(dy), columns, dtype=dy.dtype, device=dy.device)
     multiply = kernels("transposed").prepare_transposed(
         device,
         dy.dtype,
@@ -320,18 +319,18 @@ def _by_tiles(problem: Problem, plan: TransposedPlan, dy: Tensor, weight: TiledW
     with scratch.lock:
         memory, counters = scratch.get(stream, sums, 2 * plan.shares.streamed)
         multiply(plan.shares, stream, dy, weight.words, weight.meta, dx, memory, counters)
-    return dx
 
 
 @_sums_of_floats()
-def _by_slabs(problem: Problem, plan: DequantizePlan, dy: Tensor, weight: TiledWeight, columns: int) -> Tensor:
+def _by_slabs(problem: Problem, plan: DequantizePlan, dy: Tensor, weight: TiledWeight, dx: Tensor) -> None:
+    slabs = _slabs(problem, plan, weight, dy.dtype, dx.shape[1])
     if weight.strips <= plan.strips:
-        ((_, w),) = _slabs(problem, plan, weight, dy.dtype, columns)
-        return dy @ w
-    total = torch.zeros(len(dy), columns, dtype=torch.float32, device=dy.device)
-    for first, w in _slabs(problem, plan, weight, dy.dtype, columns):
+        torch.mm(dy, next(slabs)[1], out=dx)
+        return
+    total = torch.zeros(dx.shape, dtype=torch.float32, device=dx.device)
+    for first, w in slabs:
         add_product(total, dy[:, first : first + len(w)], w)
-    return total.to(dy.dtype)
+    dx.copy_(total)
 
 
 def _slabs(

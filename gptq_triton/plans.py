@@ -313,3 +313,4 @@ class TransposedPlan:
 
 FusedPlan = DecodePlan | WidePlan | MatmulPlan | LargePlan
 Plan = FusedPlan | DequantizePlan
+GradientPlan = TransposedPlan | DequantizePlan

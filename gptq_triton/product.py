@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from . import dispatch, tables
 from .launches import Launch, Operands, multiply_transposed, prepare_launch
 from .layout import STEP, TiledWeight
-from .plans import Plan, Problem
+from .plans import GradientPlan, Plan, Problem
 
 
 def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant: bool = False) -> Tensor:
@@ -28,7 +29,7 @@ def product(x: Tensor, bias: Tensor | None, weight: TiledWeight, batch_invariant
     if rows >= M:
         _launch(weight, M, stride, x, bias, batch_invariant)(x, stride, bias, weight, y)
         return y
-    xs, ys = x.view(M, K) if x.dim() != 2 else x, y.view(M, weight.N)
+    xs, ys = _rows(x, M), _rows(y, M)
     for first in range(0, M, rows):
         part = xs[first : first + rows]
         launch = _launch(weight, len(part), stride, part, bias, batch_invariant)
@@ -50,13 +51,35 @@ def _launch(weight: TiledWeight, M: int, stride: int, x: Tensor, bias: Tensor | 
 
 @functools.lru_cache(maxsize=1 << 12)
 def _prepared(problem: Problem, operands: Operands, device: int, batch_invariant: bool) -> Launch:
-    return prepare_launch(problem, plan_of(problem, device, batch_invariant), operands, device)
+    parts = plans_of(problem, device, batch_invariant)
+    launches = [prepare_launch(part, plan, operands, device) for part, plan in parts]
+    if len(launches) == 1:
+        return launches[0]
+
+    def launch(x: Tensor, stride: int, bias: Tensor | None, weight: TiledWeight, y: Tensor) -> None:
+        xs, ys = _rows(x, problem.M), _rows(y, problem.M)
+        first = 0
+        for (part, _), one in zip(parts, launches, strict=True):
+            one(xs[first : first + part.M], stride, bias, weight, ys[first : first + part.M])
+            first += part.M
+
+    return launch
 
 
-def plan_of(problem: Problem, device: int, batch_invariant: bool = False) -> Plan:
-    """How ``x @ W`` is computed: as a table of measured plans says, else as estimated."""
-    plan = None if batch_invariant else tables.lookup(gpu_name(device), problem)
-    return plan or dispatch.choose(problem, batch_invariant=batch_invariant)
+def _rows(x: Tensor, M: int) -> Tensor:
+    return x if x.dim() == 2 else x.view(M, x.shape[-1])
+
+
+def plans_of(problem: Problem, device: int, batch_invariant: bool = False) -> list[tuple[Problem, Plan]]:
+    """How ``x @ W`` is computed, some rows of x after others: as a table of measured plans says, else as estimated."""
+    if batch_invariant:
+        return [(problem, dispatch.choose(problem, batch_invariant=True))]
+    plan = tables.lookup(gpu_name(device), problem)
+    rows = problem.M if plan else dispatch.rows_at_once(problem)
+    if rows < problem.M:
+        first, rest = (replace(problem, M=M) for M in (rows, problem.M - rows))
+        return plans_of(first, device) + plans_of(rest, device)
+    return [(problem, plan or dispatch.choose(problem))]
 
 
 def forget() -> None:
@@ -66,14 +89,27 @@ def forget() -> None:
 
 def product_transposed(dy: Tensor, weight: TiledWeight) -> Tensor:
     """``dy @ W.T``, as `ops.matmul_transposed` says, without gradients."""
+    M = len(dy)
+    if M == 0:
+        return dy.new_empty(0, weight.K)
     columns = weight.K if weight.order is None else weight.steps * STEP
-    problem = problem_of(len(dy), dy.dtype, dy.get_device(), weight)
-    plan = dispatch.choose_transposed(problem, aligned=weight.N % 8 == columns % 8 == 0)
+    dx, first = dy.new_empty(M, columns), 0
     with torch.cuda.device(dy.device):
-        dx = multiply_transposed(problem, plan, dy, weight, columns)
-    if weight.order is None:
-        return dx
-    return dx[:, weight.inverse_order()]
+        problem = problem_of(M, dy.dtype, dy.get_device(), weight)
+        for part, plan in plans_transposed(problem, aligned=weight.N % 8 == columns % 8 == 0):
+            rows = slice(first, first + part.M)
+            multiply_transposed(part, plan, dy[rows], weight, dx[rows])
+            first += part.M
+    return dx if weight.order is None else dx[:, weight.inverse_order()]
+
+
+def plans_transposed(problem: Problem, *, aligned: bool = True) -> list[tuple[Problem, GradientPlan]]:
+    """How ``dy @ W.T`` is computed, some rows of dy after others."""
+    rows = dispatch.rows_at_once_transposed(problem, aligned=aligned)
+    if rows < problem.M:
+        first, rest = (replace(problem, M=M) for M in (rows, problem.M - rows))
+        return plans_transposed(first, aligned=aligned) + plans_transposed(rest, aligned=aligned)
+    return [(problem, dispatch.choose_transposed(problem, aligned=aligned))]
 
 
 def problem_of(M: int, dtype: torch.dtype, device: int, weight: TiledWeight, aligned: bool = True) -> Problem:

@@ -1,4 +1,4 @@
-"""``dx = dy @ W.T`` for many rows: the gradient of a product, without W as floats in memory. Gluon, sm_90.
+"""``dx = dy @ W.T``: the gradient of a product, without W as floats in memory. Gluon, sm_90.
 
     dx[m, k] = sum_n dy[m, n] * (scales[g, n] * (code[k, n] - zero[g, n]))
 
@@ -11,7 +11,7 @@ Programs are as many as can run at once. Tiles of dx that do not come out even, 
 of n for all programs or some: the program that begins a tile waits for the partial sums of those that go on with it,
 all of which were started before it, and adds them in their order.
 
-Dispatch picks it on Hopper from M = 64 on, for scales of 16 bits. Source: this project.
+Dispatch picks it on Hopper, for scales of 16 bits. Source: this project.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false

@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_triton import tables
-from gptq_triton.dispatch import candidates, choose, choose_transposed, transposed_plans
-from gptq_triton.estimates import microseconds
+from gptq_triton.dispatch import (
+    candidates,
+    choose,
+    choose_transposed,
+    rows_at_once,
+    rows_at_once_transposed,
+    transposed_plans,
+)
+from gptq_triton.estimates import microseconds, transposed_microseconds
 from gptq_triton.layout import ONE_GROUP
 from gptq_triton.plans import (
     DecodePlan,
@@ -150,6 +157,31 @@ def test_small_layers_take_small_tiles(M):
     plan = choose(replace(H200, strips=36, steps=5, M=M))
     assert isinstance(plan, LargePlan)
     assert plan.block_m <= 64
+
+
+@given(problems, st.integers(1, 9000), st.booleans())
+def test_rows_left_over_have_a_launch_if_that_is_estimated_to_be_faster(problem, M, transposed):
+    def time(part):
+        if transposed:
+            return transposed_microseconds(part, choose_transposed(part))
+        return microseconds(part, choose(part))
+
+    problem = replace(problem, M=M)
+    rows = (rows_at_once_transposed if transposed else rows_at_once)(problem)
+    assert sum(time(replace(problem, M=part)) for part in (rows, M - rows) if part) <= time(problem)
+    if rows < M:
+        assert problem.arch == "sm_90"
+        assert rows % 64 == 0
+
+
+@pytest.mark.parametrize(("M", "rows"), [(1, 1), (64, 64), (129, 128), (192, 128), (256, 256), (300, 256), (512, 512)])
+def test_large_layers_fill_their_tiles(M, rows):
+    assert rows_at_once(replace(H200, strips=512, steps=224, M=M)) == rows
+
+
+@pytest.mark.parametrize(("M", "rows"), [(1, 1), (64, 64), (257, 256), (320, 256), (512, 512)])
+def test_gradients_of_large_layers_fill_their_tiles(M, rows):
+    assert rows_at_once_transposed(replace(H200, strips=512, steps=224, M=M)) == rows
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,8 @@ def cases():
     for columns in (64, 32, ONE_GROUP):
         for M in {64: (1, 2, 4, 16), 32: (1, 2, 4)}.get(columns, (1, 4, 16)):
             yield replace(LARGE, M=M, bits=3, group_columns=columns, dtype=torch.bfloat16), True
+    for bits, M in ((2, 16), (4, 16), (4, 8)):
+        yield replace(LARGE, M=M, bits=bits, group_columns=64), False
     for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"):
         yield replace(LARGE, M=4, bits=3, arch=arch), False
         yield replace(LARGE, M=16, arch=arch), True

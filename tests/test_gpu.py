@@ -148,6 +148,21 @@ def test_exact_data_gives_the_exact_answer(bits, dtype):
         assert torch.equal(ops.matmul_transposed(dy, tiled), oracle(dy, weight, transposed=True).to(dtype))
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_rows_that_do_not_fill_tiles_are_multiplied_by_launches_of_their_own(monkeypatch, act_order):
+    for name in ("rows_at_once", "rows_at_once_transposed"):
+        monkeypatch.setattr(dispatch, name, lambda problem, **_: min(problem.M, 128))
+    weight = random_weight(520, 264, 4, 128, exact=True, act_order=act_order, device=DEVICE)
+    tiled = tile_weight(weight)
+    for M in (129, 300):
+        problem = product.problem_of(M, torch.float16, 0, tiled)
+        assert len(product.plans_of(problem, 0)) == len(product.plans_transposed(problem)) == -(-M // 128)
+        x, dy = (exact_rows(M, width, torch.float16, device=DEVICE) for width in (520, 264))
+        for _ in range(2):
+            assert torch.equal(ops.matmul(x, tiled), oracle(x, weight).half())
+            assert torch.equal(ops.matmul_transposed(dy, tiled), oracle(dy, weight, transposed=True).half())
+
+
 @pytest.mark.parametrize(
     ("bits", "group_size", "M"),
     [

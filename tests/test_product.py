@@ -148,6 +148,26 @@ def test_rows_of_regimes_without_digits(gpu, M, act_order, group_size):
     assert_close(product.product_transposed(dy, tiled), dy, weight, transposed=True)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("view", [(300, 256), (3, 100, 256)])
+def test_rows_that_do_not_fill_tiles_are_multiplied_by_launches_of_their_own(gpu, monkeypatch, view, act_order):
+    for name in ("rows_at_once", "rows_at_once_transposed"):
+        monkeypatch.setattr(dispatch, name, lambda problem, **_: min(problem.M, 128))
+    weight = random_weight(256, 96, 4, 128, act_order=act_order)
+    tiled, bias = tile_weight(weight), random_rows(1, 96, torch.float16, seed=1)[0]
+    x = random_rows(300, 256, torch.float16)
+    y = product.product(x.view(view), bias, tiled)
+    assert y.shape == (*view[:-1], 96)
+    assert_close(y.view(300, 96), x, weight, bias)
+    wide = random_rows(300, 264, torch.float16)[:, :256]
+    assert_close(product.product(wide, bias, tiled), wide, weight, bias)
+    assert [part.M for part, _ in product.plans_of(product.problem_of(300, torch.float16, 0, tiled), 0)] == [
+        128,
+        128,
+        44,
+    ]
+
+
 @pytest.mark.parametrize(("M", "N", "K", "shared"), [(64, 96, 1024, True), (300, 1040, 128, False)])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_many_rows_take_their_kernel(gpu, M, N, K, shared, act_order):

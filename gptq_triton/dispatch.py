@@ -61,9 +61,8 @@ def _filling(problem: Problem, time: Callable[[Problem], float], few: int) -> in
     """The same by an estimate for so many rows; up to few rows have smaller programs."""
     times = {problem.M: time(problem)}
     for rows in {problem.M // tile * tile for tile in (64, 128, 256)} - {0, problem.M}:
-        parts = (replace(problem, M=M) for M in (rows, problem.M - rows))
         behind = _BEHIND if problem.M - rows > few else 0.0
-        times[rows] = _TWO_LAUNCHES * sum(map(time, parts)) + behind
+        times[rows] = _TWO_LAUNCHES * sum(map(time, problem.split_at(rows))) + behind
     return min(times, key=lambda rows: times[rows])
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,10 @@ class Problem:
     multiprocessors: int
     large: bool = True
     ordered: bool = False
+
+    def split_at(self, rows: int) -> tuple[Problem, Problem]:
+        """The same for the first rows, and for the others."""
+        return replace(self, M=rows), replace(self, M=self.M - rows)
 
     @property
     def takes_digits(self) -> bool:

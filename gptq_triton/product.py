@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -77,7 +76,7 @@ def plans_of(problem: Problem, device: int, batch_invariant: bool = False) -> li
     plan = tables.lookup(gpu_name(device), problem)
     rows = problem.M if plan else dispatch.rows_at_once(problem)
     if rows < problem.M:
-        first, rest = (replace(problem, M=M) for M in (rows, problem.M - rows))
+        first, rest = problem.split_at(rows)
         return plans_of(first, device) + plans_of(rest, device)
     return [(problem, plan or dispatch.choose(problem))]
 
@@ -107,7 +106,7 @@ def plans_transposed(problem: Problem, *, aligned: bool = True) -> list[tuple[Pr
     """How ``dy @ W.T`` is computed, some rows of dy after others."""
     rows = dispatch.rows_at_once_transposed(problem, aligned=aligned)
     if rows < problem.M:
-        first, rest = (replace(problem, M=M) for M in (rows, problem.M - rows))
+        first, rest = problem.split_at(rows)
         return plans_transposed(first, aligned=aligned) + plans_transposed(rest, aligned=aligned)
     return [(problem, dispatch.choose_transposed(problem, aligned=aligned))]
 

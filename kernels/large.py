@@ -45,12 +45,12 @@ from .warpgroups import (
     meet,
     next_tile,
     offsets,
+    options,
     place,
     sums_layout,
 )
 
 ROOM = 225 << 10  # bytes of shared memory, beside barriers
-REGISTERS = 80  # of a thread, before warps give and take, where two programs share a multiprocessor
 UNROLL = gl.constexpr(2)  # steps between two waits for all products; with more, code leaves the cache
 BAND = gl.constexpr(8)  # tiles of y along M that programs take before they go on along N
 
@@ -363,8 +363,7 @@ def prepare_large(
         described(dtype, [C.out_m.value, 64], rows),
     ]
     meeting = (torch.float32, torch.int32) if shares else (None, None)
-    options = {"num_warps": 4, "maxnreg": REGISTERS if resident == 2 else None, "launch_pdl": pdl}
-    run = prepare(large_kernel, device, (*boxes, bias, *meeting), {"C": C}, **options)
+    run = prepare(large_kernel, device, (*boxes, bias, *meeting), {"C": C}, **options(resident, pdl))
 
     def launch(
         shares: tuple[int, int, int], stream: int, x: Tensor, words: Tensor, meta: Tensor, y: Tensor,

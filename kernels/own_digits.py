@@ -55,14 +55,18 @@ def _load_columns(x_ptr, at, inside, K, PAIRS: gl.constexpr):
 
 
 @gluon.jit
+def _wrapped(step, around):
+    """After ``around`` steps comes the first, unless that is None."""
+    return step if around is None else gl.where(step < around, step, step - around)
+
+
+@gluon.jit
 def load_order(order_ptr, first, end, around, PASSES: gl.constexpr, PASS: gl.constexpr, OL: gl.constexpr):
     """The columns of x that steps first ... end have, PASS steps at a time; -1 for none."""
     offs = gl.arange(0, PASS * 128, OL)
     out = ()
     for p in gl.static_range(PASSES):
-        step = first + p * PASS + offs // 128
-        if around is not None:
-            step = gl.where(step < around, step, step - around)
+        step = _wrapped(first + p * PASS + offs // 128, around)
         out = out + (gl.load(order_ptr + (step * 128 + offs % 128), mask=step < end, other=-1),)
     return out
 
@@ -106,8 +110,8 @@ def write_digits(
 ):  # fmt: skip
     """What digits.py writes, of steps first ... end, for one tile of ROWS rows of x; PASS steps at a time.
 
-    After ``around`` steps comes the first, unless that is None. With an order, of each pass, whole rows of NUMBERS
-    columns are loaded, a power of two, and put in order by way of shared memory.
+    With an order, of each pass, whole rows of NUMBERS columns are loaded, a power of two, and put in order by way of
+    shared memory.
     """
     if order is not None:
         first_of_pair = gl.arange(0, NUMBERS // 2, RL) * 2
@@ -127,9 +131,7 @@ def write_digits(
         if p % AHEAD == 0:
             x = ()
             for i in gl.static_range(min(AHEAD, PASSES - p)):
-                step = begin + (p + i) * PASS
-                if around is not None:
-                    step = gl.where(step < around, step, step - around)
+                step = _wrapped(begin + (p + i) * PASS, around)
                 for m in gl.static_range(ROWS):
                     if order is None:
                         x = x + (_load_columns(x_ptr + m * stride_xm, step * 128 + column, step < end, K, PAIRS),)

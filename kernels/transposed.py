@@ -45,11 +45,10 @@ from .warpgroups import (
     meet,
     next_tile,
     offsets,
+    options,
     place,
     sums_layout,
 )
-
-REGISTERS = 80  # of a thread, before warps give and take, where two programs share a multiprocessor
 
 
 @gluon.jit
@@ -253,11 +252,6 @@ def descriptors(form: Form, dtype: torch.dtype, block_m: int) -> list:
     ]
 
 
-def options(resident: int) -> dict:
-    """Of the launch, for so many programs of a multiprocessor."""
-    return {"num_warps": 4, "maxnreg": REGISTERS if resident == 2 else None, "launch_pdl": True}
-
-
 Multiply = Callable[..., None]
 
 
@@ -290,7 +284,8 @@ def prepare_transposed(
         bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, unit, group_m, resident
     )
     boxes = [box and described(*box) for box in descriptors(names["F"], dtype, block_m)]
-    launch = prepare(transposed_kernel, device, (*boxes, torch.float32, torch.int32), names, **options(resident))
+    pointers = (*boxes, torch.float32, torch.int32)
+    launch = prepare(transposed_kernel, device, pointers, names, **options(resident, pdl=True))
 
     def multiply(
         shares: tuple[int, int, int], stream: int, dy: Tensor, words: Tensor, meta: Tensor, dx: Tensor,

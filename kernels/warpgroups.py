@@ -26,6 +26,11 @@ def sums_layout(block_m: int) -> gl.DistributedLinearLayout:
     )
 
 
+def options(resident: int, pdl: bool) -> dict[str, int | bool | None]:
+    """Of a launch, two programs a multiprocessor or one; of two, threads begin with few registers."""
+    return {"num_warps": 4, "maxnreg": 80 if resident == 2 else None, "launch_pdl": pdl}
+
+
 def described(dtype: torch.dtype, box: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
     """A descriptor of tensors to compile for, of which ``box`` is copied at a time."""
     return TensorDescriptor(MockTensor(dtype), box, [box[1], 1], box, layout)

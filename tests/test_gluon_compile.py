@@ -167,7 +167,7 @@ def compiled_gradient(problem: Problem, plan: TransposedPlan, scales: torch.dtyp
         pointers[name] = box and f"tensordesc<{names[box[0]]}{box[1]},{box[2]!r}>"
     pointers |= {"workspace_ptr": "fp32", "counters_ptr": "i32"}
     integers = ("sharing", "streamed", "blocks_m", "steps", "units")
-    options = transposed.options(plan.resident)
+    options = transposed.options(plan.resident, pdl=True)
     return compiled(transposed.transposed_kernel, pointers, integers, constants, "sm_90", **options)
 
 
@@ -226,8 +226,8 @@ def compiled_large(problem: Problem, plan: LargePlan, *, scales_bf16: bool, bias
         "counters_ptr": "i32" if plan.split > 1 else None,
     }
     integers = ("M", "N", "steps", "sharing", "streamed")
-    options = {"maxnreg": large.REGISTERS} if plan.resident == 2 else {}
-    return compiled(large.large_kernel, pointers, integers, {"C": tiles}, "sm_90", num_warps=4, **options)
+    options = large.options(plan.resident, pdl=True)
+    return compiled(large.large_kernel, pointers, integers, {"C": tiles}, "sm_90", **options)
 
 
 def large_cases():

@@ -41,8 +41,12 @@ class Ledger:
         self._fresh = {
             self._key(row)
             for row in self.rows
-            if not (retry and "error" in row) and not (renew and self.runs[row["run"]]["commit"] != run["commit"])
+            if not (retry and "error" in row) and not (renew and not self.of_this_commit(row))
         }
+
+    def of_this_commit(self, row: dict[str, Any]) -> bool:
+        """Whether the commit of the present run made this row."""
+        return self.runs[row["run"]]["commit"] == self.runs[-1]["commit"]
 
     def has(self, row: dict[str, Any]) -> bool:
         """Whether this provider's row of this case needs no measurement."""

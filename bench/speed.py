@@ -122,6 +122,12 @@ def changed(rows: Iterable[Row], cases: Iterable[Case]) -> list[Case]:
     return [case for case in cases if case in measured and measured[case]["ours"]["plan"] != ours.plan(case)]
 
 
+def planned(ledger: Ledger, cases: Iterable[Case], text: str) -> list[Case]:
+    """Those that another commit measured with a plan of ours that reads so: its kernel has changed."""
+    measured = cells(row for row in ledger.rows if not ledger.of_this_commit(row))
+    return [case for case in cases if case in measured and text in measured[case]["ours"]["plan"]]
+
+
 def main() -> None:
     options = _options()
     started = time.perf_counter()
@@ -135,9 +141,9 @@ def main() -> None:
     run = provenance(METHOD) | {"suite": options.suite, "ceilings": asdict(ceilings)}
     ledger = Ledger(options.out or folder() / f"{options.suite}.json", run, retry=options.retry, renew=options.renew)
 
-    if options.changed:
-        stale = changed(ledger.rows, cases)
-        ledger.again({"provider": provider.name, **asdict(case)} for case in stale for provider in providers)
+    stale = changed(ledger.rows, cases) if options.changed else []
+    stale += planned(ledger, cases, options.plan) if options.plan else []
+    ledger.again({"provider": provider.name, **asdict(case)} for case in stale for provider in providers)
 
     def missing(case: Case) -> list[Provider]:
         return [p for p in providers if not ledger.has({"provider": p.name, **asdict(case)})]
@@ -176,6 +182,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--retry", action="store_true", help="measure again what failed")
     parser.add_argument("--renew", action="store_true", help="measure again what another commit measured")
     parser.add_argument("--changed", action="store_true", help="measure again what dispatch has another plan for now")
+    parser.add_argument("--plan", metavar="TEXT", help="measure again what another commit did by a plan that reads so")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 

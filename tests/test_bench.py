@@ -259,6 +259,18 @@ def test_cases_with_another_plan_are_measured_again(monkeypatch):
     assert speed.changed(rows, cases[:1]) == []
 
 
+def test_cases_of_a_kernel_that_changed_are_measured_again(tmp_path):
+    cases = [dataclasses.replace(SMALL, M=M) for M in (1, 2, 8)]
+    first = ledger.Ledger(tmp_path / "x.json", {"commit": "a"})
+    first.add([row("ours", 2.0, case, plan=f"tiles={case.M}") for case in cases])
+    second = ledger.Ledger(tmp_path / "x.json", {"commit": "b"})
+    assert speed.planned(second, cases, "tiles=8") == [cases[2]]
+    assert speed.planned(second, cases[:1], "tiles=8") == []
+    second.add([row("ours", 1.0, cases[2], plan="tiles=8")])
+    assert speed.planned(second, cases, "tiles=8") == [], "this commit measured it"
+    assert speed.planned(second, cases, "tiles=") == cases[:2]
+
+
 def test_only_peers_of_the_same_run_count():
     found = reading.cells([row("ours", 2.0), row("cublas", 6.0), row("humming", 3.0, run=1)])
     assert set(found[SMALL]) == {"ours", "cublas"}

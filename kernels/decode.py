@@ -50,7 +50,7 @@ from .common import (
     wait_for,
 )
 from .launch import Launch, prepare
-from .own_digits import Halves, load_order, write_digits
+from .own_digits import Halves, load_order, wrapped, write_digits
 
 
 @gluon.jit
@@ -287,9 +287,7 @@ def decode_kernel(
                         last = gl.where(ahead_tile < tiles_n, last, -1)
                 for d in gl.static_range(DEPTH):
                     if i + d < n:  # this branch and the fence below keep ptxas from sinking the loads
-                        stage = place + i + d
-                        if EVEN and OWN_ROWS:
-                            stage = gl.where(stage < rounds, stage, stage - rounds)
+                        stage = wrapped(place + i + d, rounds if EVEN and OWN_ROWS else None)
                         acc = _step(
                             acc,
                             q[d],

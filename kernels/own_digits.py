@@ -55,7 +55,7 @@ def _load_columns(x_ptr, at, inside, K, PAIRS: gl.constexpr):
 
 
 @gluon.jit
-def _wrapped(step, around):
+def wrapped(step, around):
     """After ``around`` steps comes the first, unless that is None."""
     return step if around is None else gl.where(step < around, step, step - around)
 
@@ -66,7 +66,7 @@ def load_order(order_ptr, first, end, around, PASSES: gl.constexpr, PASS: gl.con
     offs = gl.arange(0, PASS * 128, OL)
     out = ()
     for p in gl.static_range(PASSES):
-        step = _wrapped(first + p * PASS + offs // 128, around)
+        step = wrapped(first + p * PASS + offs // 128, around)
         out = out + (gl.load(order_ptr + (step * 128 + offs % 128), mask=step < end, other=-1),)
     return out
 
@@ -131,7 +131,7 @@ def write_digits(
         if p % AHEAD == 0:
             x = ()
             for i in gl.static_range(min(AHEAD, PASSES - p)):
-                step = _wrapped(begin + (p + i) * PASS, around)
+                step = wrapped(begin + (p + i) * PASS, around)
                 for m in gl.static_range(ROWS):
                     if order is None:
                         x = x + (_load_columns(x_ptr + m * stride_xm, step * 128 + column, step < end, K, PAIRS),)

@@ -33,13 +33,13 @@ _LARGE_STEP = {
     (64, 2, 1): 0.53,
     (64, 2, 2): 0.95,
     (64, 4, 1): 0.965,
-    (128, 2, 1): 0.83,
-    (128, 3, 1): 1.16,
+    (128, 2, 1): 0.8,
+    (128, 3, 1): 1.17,
     (256, 2, 1): 1.567,
 }
-_EIGHT_BITS = 0.02  # more for a group's step
+_EIGHT_BITS = 0.015  # more for a group's step
 # how much longer steps take of programs that are at many k at a time; and where x, of so many bytes, leaves the cache
-_APART, _FAR_APART, _SHARED_X = 1.06, 1.16, 16 << 20
+_APART, _FAR_APART, _SHARED_X = 1.03, 1.16, 16 << 20
 # of a program for a stage of 64 rows of W, by rows and programs that a multiprocessor has
 _TRANSPOSED_STAGE = {(32, 1): 0.31, (32, 2): 0.53, (64, 1): 0.36, (64, 2): 0.65, (128, 1): 0.49, (256, 1): 0.74}
 _TRANSPOSED_UNPACK = {2: -0.04, 3: 0.07, 4: 0.0, 8: 0.02}  # what the other widths take longer than four bits
@@ -160,11 +160,11 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     step = _LARGE_STEP[plan.block_m, plan.groups, at_once] + _EIGHT_BITS * plan.groups * (problem.bits == 8)
     step += 0.28 * arrival / (plan.stages - 1) * plan.block_m / max(plan.block_m, problem.M)  # what sets out ahead
     step *= _apart(shares, 256 * problem.M * problem.steps if plan.stages == 2 else 0)
-    step *= 0.87 + 0.13 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
-    if plan.block_m < 256 and problem.M > 512:  # clocks are lower: words are unpacked more often
-        step *= 1.05
+    step *= 0.8 + 0.2 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
+    if plan.block_m < 256 and problem.M > 1024:  # clocks are lower: words are unpacked more often
+        step *= 1.02
     start = 1.66 + 0.0052 * plan.block_m - 0.47 * (plan.resident == 2)  # of two, one begins while another ends
-    others = 0.004 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.4 + 0.006 * plan.block_m)
+    others = 0.004 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.45 + 0.006 * plan.block_m)
     return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others
 
 

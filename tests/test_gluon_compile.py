@@ -120,8 +120,7 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
                 firsts.setdefault("own digits, even", with_own_digits(problem, even))
                 firsts.setdefault((type(plan), plan.in_turn), plan)
             else:
-                split = 1 if bias and plan.max_registers is None else 2
-                firsts.setdefault((type(plan), plan.max_registers), replace(plan, split=split))
+                firsts.setdefault((type(plan), plan.max_registers), replace(plan, split=1 if bias else 2))
     columns = problem.M * problem.subgroups
     assert ((DecodePlan, problem.subgroups > 1 and columns > 4) in firsts) == (columns <= 16)
     assert (firsts.get("own digits") is not None) == (columns <= 4)
@@ -159,7 +158,7 @@ def compiled_gradient(problem: Problem, plan: TransposedPlan, scales: torch.dtyp
     names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
     constants = transposed.constants(
         problem.bits, problem.dtype == torch.bfloat16, scales == torch.bfloat16, problem.group_columns,
-        plan.block_m, plan.stages, plan.unit, plan.group_m, plan.resident,
+        plan.block_m, plan.stages, plan.products(plan.block_m, plan.resident), plan.unit, plan.group_m, plan.resident,
     )  # fmt: skip
     boxes = transposed.descriptors(constants["F"], problem.dtype, plan.block_m)
     pointers = dict.fromkeys(("dy", "words", "low_words", "meta", "dx"))

@@ -154,10 +154,12 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     step += 0.28 * arrival / (plan.stages - 1) * plan.block_m / max(plan.block_m, problem.M)  # what sets out ahead
     step *= _apart(shares, 256 * problem.M * problem.steps if plan.stages == 2 else 0)
     step *= 0.8 + 0.2 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
-    if plan.block_m < 256 and problem.M > 1024:  # clocks are lower: words are unpacked more often
+    if plan.block_m < 256 and problem.M > 512:  # clocks are lower: words are unpacked more often
         step *= 1.02
     start = 1.66 + 0.0052 * plan.block_m - 0.47 * (plan.resident == 2)  # of two, one begins while another ends
     others = 0.004 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.45 + 0.006 * plan.block_m)
+    if not shares.even and problem.M > plan.block_m:
+        arrival *= 1.25  # some words come more than once
     return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others
 
 

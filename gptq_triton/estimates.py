@@ -152,7 +152,8 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     arrival = shares.programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
     step = _LARGE_STEP[plan.block_m, plan.groups, at_once] + _EIGHT_BITS * plan.groups * (problem.bits == 8)
     step += 0.28 * arrival / (plan.stages - 1) * plan.block_m / max(plan.block_m, problem.M)  # what sets out ahead
-    step *= _apart(shares, 256 * problem.M * problem.steps if plan.stages == 2 else 0)
+    crowd = max(1, problem.bits // 4)  # words beside x in the cache
+    step *= _apart(shares, crowd * 256 * problem.M * problem.steps if plan.stages == 2 else 0)
     step *= 0.8 + 0.2 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
     if plan.block_m < 256 and problem.M > 512:  # clocks are lower: words are unpacked more often
         step *= 1.02

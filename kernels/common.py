@@ -85,7 +85,7 @@ def do(ASM: gl.constexpr):
 
 @gluon.jit
 def opaque(t):
-    """t, float32, without a trace of what it was: LLVM does not arrange a loop by what its result is for."""
+    """t, float32, which LLVM takes for new: so what its result is for does not change how it arranges a loop."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", (t,), dtype=gl.float32, is_pure=True, pack=1)
 
 

@@ -229,7 +229,7 @@ def wide_kernel(
         phase ^= side
         side = 1 - side
     async_copy.wait_group(0)
-    y = opaque(acc)  # or vectors of acc, and registers, are others where there is a bias
+    y = opaque(acc)  # else a bias, or none, decides how the loop's sums are vectorized, and its registers
 
     # Epilogue: the partial sums of all programs in a fixed order
     OUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, P)))

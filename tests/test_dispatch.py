@@ -372,7 +372,11 @@ def test_tables_of_weights_with_act_order(tmp_path, monkeypatch):
     tables._table.cache_clear()
     plain = replace(H200, strips=3, steps=64)
     ordered = replace(plain, ordered=True)
-    few, wide, many = DecodePlan(1, 1, 2, 8, 8, 8, 1, own_digits=True), WidePlan(8, 4, 8, 2, 128), LargePlan(16, 2, 8, 2, 2)
+    few, wide, many = (
+        DecodePlan(1, 1, 2, 8, 8, 8, 1, own_digits=True),
+        WidePlan(8, 4, 8, 2, 128),
+        LargePlan(16, 2, 8, 2, 2),
+    )
     rows = {1: few, 4: few, 8: wide, 16: many, 32: many}
     tables.save("a-gpu", {tables.case(replace(plain, M=M)): plan for M, plan in rows.items()})
     assert tables.lookup("a-gpu", ordered) == few

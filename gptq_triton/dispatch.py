@@ -274,7 +274,9 @@ def _wide(problem: Problem) -> Iterable[WidePlan]:
     rows = 8 if problem.M <= 8 else 16
     splits = [split for split in _SPLITS if split <= problem.steps]
     found = _WIDE[rows, problem.subgroups][problem.bits]
-    return [WidePlan(*tiles, split, registers) for *tiles, registers in found for split in splits]
+    return [
+        WidePlan(warps, depth, chunk, split, registers) for warps, depth, chunk, registers in found for split in splits
+    ]
 
 
 def _matmul(problem: Problem) -> Iterator[MatmulPlan]:

@@ -159,7 +159,7 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
         step *= 1.02
     start = 1.66 + 0.0052 * plan.block_m - 0.47 * (plan.resident == 2)  # of two, one begins while another ends
     others = 0.004 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.45 + 0.006 * plan.block_m)
-    if not shares.even and problem.M > plan.block_m:
+    if not shares.even and plan.block_m < problem.M:
         arrival *= 1.25  # some words come more than once
     return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others
 

@@ -166,30 +166,30 @@ _DECODE = {
     },
     4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
-# (warps, depth, chunk, registers) by rows of x and width. Fewer registers leave room for the digits' programs of the
-# next launch; some kernels take a few more than 128 for groups of 256 columns and more, unless they are held
-_SHALLOW = (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, None)
+# (warps, depth, chunk, registers) by rows of x and groups of a step, then width: registers of a thread at most, that
+# programs of this or of the next launch find room beside
 _DEEP = (8, 8, 8, 128), (4, 8, 8, 128)
-_EIGHT = (4, 2, 4, 112), (4, 2, 4, None), (8, 2, 4, None), (16, 2, 4, None), (8, 4, 8, None), (4, 4, 4, None)
+_DEEPER = (8, 8, 8, 255), (4, 8, 8, 168)
 _WIDE = {
-    8: {
-        2: ((4, 4, 4, 112), *_SHALLOW, *_DEEP),
-        3: ((4, 4, 4, 120), *_SHALLOW, *_DEEP),
-        4: ((4, 4, 4, 120), *_SHALLOW, *_DEEP),
-        8: _EIGHT,
+    (8, 1): {
+        2: ((4, 4, 4, 112), (4, 4, 4, 80), (4, 2, 4, 64), (8, 4, 8, 80), *_DEEP),
+        3: ((4, 4, 4, 120), (4, 4, 4, 96), (4, 2, 4, 64), (8, 4, 8, 128), *_DEEP),
+        4: ((4, 4, 4, 120), (4, 4, 4, 96), (4, 2, 4, 72), (8, 4, 8, 128), *_DEEP),
+        8: ((4, 2, 4, 112), (4, 2, 4, 96), (8, 2, 4, 96), (16, 2, 4, 128), (8, 4, 8, 128), (4, 4, 4, 128)),
     },
-    16: {
-        2: ((4, 4, 4, 112), *_SHALLOW, *_DEEP),
-        3: ((4, 4, 4, 120), (4, 4, 4, None), (4, 2, 4, None), (8, 4, 8, 128), (8, 8, 8, None), (4, 8, 8, None)),
-        4: ((4, 4, 4, 120), *_SHALLOW, (8, 8, 8, None), (4, 8, 8, None)),
-        8: _EIGHT,
+    (16, 1): {
+        2: ((4, 4, 4, 112), (4, 4, 4, 128), (4, 2, 4, 96), (8, 4, 8, 128), *_DEEP),
+        **dict.fromkeys((3, 4), ((4, 4, 4, 120), (4, 4, 4, 128), (4, 2, 4, 96), (8, 4, 8, 128), *_DEEPER)),
+        8: ((4, 2, 4, 112), (4, 2, 4, 128), (8, 2, 4, 128), (16, 2, 4, 128), (8, 4, 8, 255), (4, 4, 4, 168)),
     },
-}
-# of two groups a step, which take more registers, also these
-_WIDE_HELD = {
-    (8, 4): ((4, 4, 4, 128),),
-    (16, 2): ((8, 4, 8, 128), (4, 4, 4, 128)),
-    (16, 4): ((8, 2, 4, 128), (4, 2, 4, 128)),
+    (8, 2): {
+        **dict.fromkeys((2, 3, 4), ((4, 4, 4, 128), (4, 2, 4, 96), (8, 4, 8, 128), *_DEEPER)),
+        8: ((4, 2, 4, 128), (8, 2, 4, 128), (16, 2, 4, 128), (8, 4, 8, 255), (4, 4, 4, 168)),
+    },
+    (16, 2): {
+        **dict.fromkeys((2, 3, 4), ((4, 4, 4, 168), (4, 2, 4, 128), (8, 2, 4, 128), (8, 4, 8, 255))),
+        8: ((4, 2, 4, 168), (8, 2, 4, 255), (8, 4, 8, 255), (4, 4, 4, 255)),
+    },
 }
 # (block_n, warps, stages, registers) by rows of x: Hopper's are measured; elsewhere what compiles without spilling
 _HOPPER = {
@@ -272,16 +272,11 @@ def with_order(problem: Problem, plan: FusedPlan) -> FusedPlan | None:
 
 def _wide(problem: Problem) -> Iterable[WidePlan]:
     rows = 8 if problem.M <= 8 else 16
-    found = _WIDE[rows][problem.bits]
-    if problem.subgroups == 2:
-        found = (*((*tiles[:3], None) for tiles in found), *_WIDE_HELD.get((rows, problem.bits), ()))
-    plans = {}
-    for warps, depth, chunk, registers in found:
-        for split in _SPLITS:
-            held = split > 1 or depth == 8  # else a bias takes more registers
-            if split <= problem.steps:
-                plans[WidePlan(warps, depth, chunk, split, registers if held else None)] = None
-    return plans
+    splits = [split for split in _SPLITS if split <= problem.steps]
+    found = _WIDE[rows, problem.subgroups][problem.bits]
+    return [
+        WidePlan(warps, depth, chunk, split, registers) for warps, depth, chunk, registers in found for split in splits
+    ]
 
 
 def _matmul(problem: Problem) -> Iterator[MatmulPlan]:
@@ -326,7 +321,7 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         yield from {plan.shares(problem): plan for plan in reversed(plans)}.values()
 
 
-# rows of dy of a tile, programs that fit a multiprocessor, stages between two waits
+# rows of dy of a tile, programs that fit a multiprocessor, products between two waits
 _TRANSPOSED = (32, 2, 2), (64, 2, 2), (64, 1, 4), (128, 1, 4), (256, 1, 4), (256, 1, 8)
 
 
@@ -337,8 +332,9 @@ def transposed_plans(problem: Problem) -> Iterator[TransposedPlan]:
             continue  # tiles that are mostly empty
         if unit == 8 and problem.bits == 3:
             continue  # more registers than there are
-        stage = 64 * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
-        stages = min(8, (problem.shared_memory // resident - 256 * block_m - 2048) // stage)
+        products = TransposedPlan.products(block_m, resident)
+        stage = 64 * products * (2 * block_m + 4 * problem.subgroups + 16 * problem.bits)  # bytes
+        stages = min(8 // products, (problem.shared_memory // resident - 256 * block_m - 2048) // stage)
         tiles, units = TransposedPlan.cut(problem, block_m, unit)
         most = resident * problem.multiprocessors
         equal = Shares.equal_parts(tiles, most)

@@ -33,15 +33,15 @@ _LARGE_STEP = {
     (64, 2, 1): 0.53,
     (64, 2, 2): 0.95,
     (64, 4, 1): 0.965,
-    (128, 2, 1): 0.83,
-    (128, 3, 1): 1.16,
+    (128, 2, 1): 0.8,
+    (128, 3, 1): 1.17,
     (256, 2, 1): 1.567,
 }
-_EIGHT_BITS = 0.02  # more for a group's step
+_EIGHT_BITS = 0.015  # more for a group's step
 # how much longer steps take of programs that are at many k at a time; and where x, of so many bytes, leaves the cache
-_APART, _FAR_APART, _SHARED_X = 1.06, 1.16, 16 << 20
-# of a program for a stage of 64 rows of W, by rows and programs that a multiprocessor has
-_TRANSPOSED_STAGE = {(32, 1): 0.31, (32, 2): 0.53, (64, 1): 0.36, (64, 2): 0.65, (128, 1): 0.49, (256, 1): 0.74}
+_APART, _FAR_APART, _SHARED_X = 1.03, 1.16, 16 << 20
+# of a program for 64 rows of W, by rows and programs that a multiprocessor has
+_TRANSPOSED_STAGE = {(32, 1): 0.31, (32, 2): 0.53, (64, 1): 0.35, (64, 2): 0.65, (128, 1): 0.46, (256, 1): 0.74}
 _TRANSPOSED_UNPACK = {2: -0.04, 3: 0.07, 4: 0.0, 8: 0.02}  # what the other widths take longer than four bits
 
 
@@ -103,7 +103,7 @@ def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
             digits = 0.6 * own_digits_microseconds(problem, plan)
     else:
         rounds, strips, filling = -(-problem.steps // split), 1, 2.7
-        latency, cycles = 345, {8: 124, 16: 150}[plan.rows(problem)]
+        latency, cycles = 345, {8: 114, 16: 140}[plan.rows(problem)]
         groups = 1 + 0.4 * more
         digits += more * plan.rows(problem) / 16  # sums of every group
     groups *= {2: 0.9, 3: 1.06}.get(problem.bits, 1.0)
@@ -120,22 +120,15 @@ def _few_microseconds(problem: Problem, plan: DecodePlan | WidePlan) -> float:
 
 
 def _resident(problem: Problem, plan: DecodePlan | WidePlan) -> int:
-    """Programs that a multiprocessor has room for, by the registers that ptxas takes, and shared memory."""
-    words = plan.depth * (2 * problem.bits + 2)  # in flight, of a strip
+    """Programs that a multiprocessor has room for, by their registers and shared memory."""
     if isinstance(plan, DecodePlan):
+        words = plan.depth * (2 * problem.bits + 2)  # in flight, of a strip
         most = 40 if plan.even else 80 if plan.own_digits and problem.M == 1 else 72
         registers = 224 if plan.tiles > 2 else 168 if plan.strips * words > most else 128
         digits = plan.chunk * plan.warps_k * plan.tiles * (DIGIT_BYTES + SUM_BYTES)
         shared = digits * (2 - plan.own_digits) + 256 * plan.tiles * plan.strips * plan.warps
     else:
-        some, many = {(8, 1): (40, 72), (8, 2): (20, 40), (16, 1): (20, 40), (16, 2): (10, 20)}[
-            plan.rows(problem), problem.subgroups
-        ]
-        if words == many:
-            registers = 128 if problem.subgroups == 2 and plan.split == 1 else 129
-        else:
-            registers = 168 if words > many else 128 if words > some else 96
-        registers = plan.max_registers or registers  # ptxas takes what it may
+        registers = plan.max_registers
         shared = 2 * plan.chunk * plan.rows(problem) * 264  # digits, unit and sum of a row
     return max(1, min(2048 // (plan.warps * registers), problem.shared_memory // (shared + 1024)))
 
@@ -159,12 +152,15 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     arrival = shares.programs * plan.strips_of_program * 256 * problem.bits / 4.3e6
     step = _LARGE_STEP[plan.block_m, plan.groups, at_once] + _EIGHT_BITS * plan.groups * (problem.bits == 8)
     step += 0.28 * arrival / (plan.stages - 1) * plan.block_m / max(plan.block_m, problem.M)  # what sets out ahead
-    step *= _apart(shares, 256 * problem.M * problem.steps if plan.stages == 2 else 0)
-    step *= 0.87 + 0.13 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
+    crowd = max(1, problem.bits // 4)  # words beside x in the cache
+    step *= _apart(shares, crowd * 256 * problem.M * problem.steps if plan.stages == 2 else 0)
+    step *= 0.8 + 0.2 * min(1, shares.programs / problem.multiprocessors)  # clocks are higher
     if plan.block_m < 256 and problem.M > 512:  # clocks are lower: words are unpacked more often
-        step *= 1.05
+        step *= 1.02
     start = 1.66 + 0.0052 * plan.block_m - 0.47 * (plan.resident == 2)  # of two, one begins while another ends
-    others = 0.004 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.4 + 0.006 * plan.block_m)
+    others = 0.004 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.45 + 0.006 * plan.block_m)
+    if not shares.even and plan.block_m < problem.M:
+        arrival *= 1.25  # some words come more than once
     return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others
 
 

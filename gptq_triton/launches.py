@@ -309,6 +309,7 @@ def _by_tiles(problem: Problem, plan: TransposedPlan, dy: Tensor, weight: TiledW
         **_form(problem, weight.dtype),
         block_m=plan.block_m,
         stages=plan.stages,
+        products=plan.products(plan.block_m, plan.resident),
         unit=plan.unit,
         group_m=plan.group_m,
         resident=plan.resident,

@@ -165,7 +165,7 @@ class WidePlan:
     depth: int
     chunk: int
     split: int
-    max_registers: int | None = None  # of a thread: fewer leave room for the next launch
+    max_registers: int  # of a thread: fewer leave room for more programs, of the next launch too
 
     @property
     def strips_of_program(self) -> int:
@@ -303,11 +303,16 @@ class TransposedPlan:
     """Tiles of `kernels/transposed.py`."""
 
     block_m: int
-    stages: int  # of 64 rows of W, in shared memory
-    unit: int  # of stages between two waits of a warpgroup; programs that share a tile cut it there
+    stages: int  # in shared memory
+    unit: int  # products between two waits of a warpgroup for all; programs that share a tile cut it there
     group_m: int  # blocks of rows of dy that go through W together
     shares: Shares  # of tiles of dx
     resident: int = 1  # programs of a multiprocessor at a time
+
+    @staticmethod
+    def products(block_m: int, resident: int) -> int:
+        """Of a stage, each of 64 rows of W: two where there are the registers."""
+        return 2 if resident == 1 and block_m in (64, 128) else 1
 
     @staticmethod
     def cut(problem: Problem, block_m: int, unit: int) -> tuple[int, int]:

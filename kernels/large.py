@@ -51,7 +51,6 @@ from .warpgroups import (
 )
 
 ROOM = 225 << 10  # bytes of shared memory, beside barriers
-UNROLL = gl.constexpr(2)  # steps between two waits for all products; with more, code leaves the cache
 BAND = gl.constexpr(8)  # tiles of y along M that programs take before they go on along N
 
 
@@ -78,6 +77,8 @@ class Tiles(Form):
         rows = 16 * STRIPS.value * groups
         registers, copying = (104, 32) if resident == 2 else {2: (208, 40), 3: (160, 24), 4: (112, 24)}[groups]
         stage = 256 * block_m + rows * (16 * bits + 4 * self.subgroups)
+        # with more steps of 64 rows or of more groups, registers or the cache of code do not suffice
+        late = block_m == 128 and groups == 2
         self.keep(
             block_m=block_m,
             out_m=block_m if stages * stage + 2 * rows * block_m <= ROOM // resident else block_m // 2,
@@ -89,6 +90,8 @@ class Tiles(Form):
             rows=rows,
             pieces=3 if groups == 3 else 1,  # of a step's words in shared memory: strips are a power of two
             registers=240 if block_m > 128 else registers,
+            ahead=2 if late else 1,  # quarters on their way before the products of the step before are waited for
+            unroll=4 if late else 2,  # steps between two waits for all products
             at_once=max(1, min(4, 2 * (registers - 56) // block_m - 1)),
             copying_registers=copying,
             sums_layout=sums_layout(block_m),
@@ -188,8 +191,8 @@ def _steps(acc, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.
             a = weights(q[s], m[s * C.subgroups // 4], s, C, A)
             b = xs.index(2 * stage + s // 2).slice(32 * (s % 2), 32, dim=1).permute((1, 0))
             acc = warpgroup_mma(a, b, acc, is_async=True)
-            if u > 0 and s == 0:
-                acc = warpgroup_mma_wait(1, deps=(acc,))
+            if u > 0 and s == C.ahead - 1:
+                acc = warpgroup_mma_wait(C.ahead, deps=(acc,))
                 mbarrier.arrive(empty.index(previous))
         previous = stage
         stage += 1
@@ -217,7 +220,7 @@ def _multiply(group: gl.constexpr, work, C: gl.constexpr):
     workspace_ptr, counters_ptr = meeting
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_m, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    SHIFT: gl.constexpr = group * UNROLL // C.groups  # groups wait in turns
+    SHIFT: gl.constexpr = group * C.unroll // C.groups  # groups wait in turns
     tiles_m = gl.cdiv(M, C.block_m)
     tiles_n = gl.cdiv(N, C.rows)
     p = gl.num_programs(0) - 1 - gl.program_id(0)
@@ -236,12 +239,15 @@ def _multiply(group: gl.constexpr, work, C: gl.constexpr):
         acc = gl.zeros((16 * STRIPS, C.block_m), gl.float32, mma)
         left = stop - start
         if SHIFT > 0:  # noqa: SIM102 - known when it compiles
-            if left >= UNROLL:
+            if left >= C.unroll:
                 acc, stage, phase = _steps(acc, stage, phase, SHIFT, ring, group, C, A)
                 left -= SHIFT
-        for _ in range(left // UNROLL):
-            acc, stage, phase = _steps(acc, stage, phase, UNROLL, ring, group, C, A)
-        for _ in range(left % UNROLL):
+        for _ in range(left // C.unroll):
+            acc, stage, phase = _steps(acc, stage, phase, C.unroll, ring, group, C, A)
+        if C.unroll > 2:
+            for _ in range(left % C.unroll // 2):
+                acc, stage, phase = _steps(acc, stage, phase, 2, ring, group, C, A)
+        for _ in range(left % 2):
             acc, stage, phase = _steps(acc, stage, phase, 1, ring, group, C, A)
 
         # Epilogue: partial sums in a fixed order

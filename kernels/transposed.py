@@ -5,7 +5,7 @@
 Tiles of dx are computed transposed, W.T times dy.T: two warpgroups own a step of 128 columns k, and each of their eight
 warps needs of a strip just one word a lane (README.md). It becomes weights, rounded as dequantize.py rounds them; then
 ``movmatrix`` turns them over, and they are the A operand of wgmma, in registers. dy.T is its B operand, in shared
-memory. Another warp copies words, meta and dy there, some stages of four strips ahead.
+memory. Another warp copies words, meta and dy there, some stages ahead, each of four strips or of twice as many.
 
 Programs are as many as can run at once. Tiles of dx that do not come out even, the *streamed* ones, are cut in ranges
 of n for all programs or some: the program that begins a tile waits for the partial sums of those that go on with it,
@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .common import LAUNCH_DEPENDENTS, WAIT_FOR_EARLIER, barrier, do
 from .launch import Map, prepare
-from .turned import STAGE, Form, operand
+from .turned import STRIPS, Form, operand
 from .warpgroups import (
     FLAT_LAYOUT,
     ROWS_LAYOUT,
@@ -58,24 +58,25 @@ def _copy_weight(sources, ring, slot, stage, step, F: gl.constexpr, GROUP_STEPS:
     dy_s, words_s, low_s, meta_s, full, _ = ring
     BLOCK_M: gl.constexpr = dy_s.shape[1]
     arrived = full.index(slot)
-    mbarrier.expect(arrived, 16 * STAGE * (2 * BLOCK_M + 4 * F.subgroups + 16 * F.bits))
+    mbarrier.expect(arrived, 16 * F.strips * (2 * BLOCK_M + 4 * F.subgroups + 16 * F.bits))
     for b in gl.static_range(F.boxes):
         to = words_s.index(slot * F.boxes + b)
-        tma.async_copy_global_to_shared(words, [stage * STAGE, step * (64 * F.bits) + b * F.width], arrived, to)
+        tma.async_copy_global_to_shared(words, [stage * F.strips, step * (64 * F.bits) + b * F.width], arrived, to)
     if F.bits == 3:
         to = low_s.index(slot)
-        tma.async_copy_global_to_shared(low_words, [stage * STAGE, step * 192 + 128], arrived, to)
+        tma.async_copy_global_to_shared(low_words, [stage * F.strips, step * 192 + 128], arrived, to)
     for b in gl.static_range(F.meta_boxes):
         row = step * F.subgroups + b * F.meta_rows if F.subgroups > 1 else step // GROUP_STEPS
         to = meta_s.index(slot * F.meta_boxes + b)
-        tma.async_copy_global_to_shared(meta, [row, stage * (16 * STAGE)], arrived, to)
+        tma.async_copy_global_to_shared(meta, [row, stage * (16 * F.strips)], arrived, to)
 
 
 @gluon.jit
-def _copy_dy(dy, ring, slot, stage, block):
+def _copy_dy(dy, ring, slot, stage, block, F: gl.constexpr):
     dy_s, _, _, _, full, _ = ring
-    at = [block * dy_s.shape[1], stage * (16 * STAGE)]
-    tma.async_copy_global_to_shared(dy, at, full.index(slot), dy_s.index(slot))
+    for i in gl.static_range(F.products):
+        at = [block * dy_s.shape[1], (stage * F.products + i) * (16 * STRIPS)]
+        tma.async_copy_global_to_shared(dy, at, full.index(slot), dy_s.index(slot * F.products + i))
 
 
 @gluon.jit
@@ -100,7 +101,7 @@ def _copier(
     do(WAIT_FOR_EARLIER)
     do(LAUNCH_DEPENDENTS)  # what follows may count on the kernels before without waiting for this one
     for i in range(ahead):
-        _copy_dy(dy, ring, i, start * UNIT + i, block)
+        _copy_dy(dy, ring, i, start * UNIT + i, block, F)
 
     slot = ahead % STAGES
     phase = 1 - ahead // STAGES
@@ -110,7 +111,7 @@ def _copier(
         for stage in range(start * UNIT + ahead, stop * UNIT):
             mbarrier.wait(empty.index(slot), phase)
             _copy_weight(sources, ring, slot, stage, step, F, GROUP_STEPS)
-            _copy_dy(dy, ring, slot, stage, block)
+            _copy_dy(dy, ring, slot, stage, block, F)
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -123,15 +124,16 @@ def _copier(
 def _stages(
     acc, slot, phase, N: gl.constexpr, ring, UPPER: gl.constexpr, F: gl.constexpr, A: gl.constexpr, STAGES: gl.constexpr
 ):
-    """N stages, a product always on its way; at the end none is, or ptxas would wait for every one."""
+    """N stages, products always on their way; at the end none is, or ptxas would wait for every one."""
     dy_s, words_s, low_s, meta_s, full, empty = ring
     previous = slot
     for u in gl.static_range(N):
         mbarrier.wait(full.index(slot), phase)
-        a = operand(words_s, low_s, meta_s, slot, UPPER, F, A)
-        acc = warpgroup_mma(a, dy_s.index(slot).permute((1, 0)), acc, is_async=True)
+        for i in gl.static_range(F.products):
+            a = operand(words_s, low_s, meta_s, slot, i, UPPER, F, A)
+            acc = warpgroup_mma(a, dy_s.index(slot * F.products + i).permute((1, 0)), acc, is_async=True)
         if u > 0:
-            acc = warpgroup_mma_wait(1, deps=(acc,))
+            acc = warpgroup_mma_wait(F.products, deps=(acc,))
             mbarrier.arrive(empty.index(previous))
         previous = slot
         slot += 1
@@ -195,10 +197,10 @@ def transposed_kernel(
     UNIT: gl.constexpr, REGISTERS: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups that multiply, one warp that copies."""
-    dy_s = gl.allocate_shared_memory(F.dtype, [STAGES, BLOCK_M, 16 * STAGE], ROWS_LAYOUT)
-    words_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.boxes, STAGE, F.width], FLAT_LAYOUT)
-    low_s = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE, 64], FLAT_LAYOUT) if F.bits == 3 else words_s
-    meta_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.meta_boxes, F.meta_rows, 16 * STAGE], FLAT_LAYOUT)
+    dy_s = gl.allocate_shared_memory(F.dtype, [STAGES * F.products, BLOCK_M, 16 * STRIPS], ROWS_LAYOUT)
+    words_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.boxes, F.strips, F.width], FLAT_LAYOUT)
+    low_s = gl.allocate_shared_memory(gl.int32, [STAGES, F.strips, 64], FLAT_LAYOUT) if F.bits == 3 else words_s
+    meta_s = gl.allocate_shared_memory(gl.int32, [STAGES * F.meta_boxes, F.meta_rows, 16 * F.strips], FLAT_LAYOUT)
     dx_s = gl.allocate_shared_memory(F.dtype, [2, BLOCK_M, 64], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -224,17 +226,17 @@ def transposed_kernel(
 
 @functools.cache
 def constants(
-    bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, stages: int, unit: int, group_m: int,
-    resident: int,
+    bits: int, bf16: bool, scales_bf16: bool, group_columns: int, block_m: int, stages: int, products: int, unit: int,
+    group_m: int, resident: int,
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel."""
     return {
-        "F": Form(bits, bf16, scales_bf16, max(1, 128 // group_columns)),
+        "F": Form(bits, bf16, scales_bf16, max(1, 128 // group_columns), products),
         "BLOCK_M": block_m,
         "STAGES": stages,
         "GROUP_STEPS": max(1, group_columns // 128),
         "GROUP_M": group_m,
-        "UNIT": unit,
+        "UNIT": unit // products,
         "REGISTERS": 104 if resident == 2 else 240 if block_m == 256 else 232,
         "R": sums_layout(block_m),
     }
@@ -242,12 +244,12 @@ def constants(
 
 def descriptors(form: Form, dtype: torch.dtype, block_m: int) -> list:
     """Of dy, words, low_words, meta and dx: dtype, shape and layout of what is copied at a time, or None."""
-    stage, low = STAGE.value, form.bits.value == 3
+    n, strips, low = STRIPS.value, form.strips.value, form.bits.value == 3
     return [
-        (dtype, [block_m, 16 * stage], ROWS_LAYOUT.value),
-        (torch.int32, [stage, form.width.value], FLAT_LAYOUT.value),
-        (torch.int32, [stage, 64], FLAT_LAYOUT.value) if low else None,
-        (torch.int32, [form.meta_rows.value, 16 * stage], FLAT_LAYOUT.value),
+        (dtype, [block_m, 16 * n], ROWS_LAYOUT.value),
+        (torch.int32, [strips, form.width.value], FLAT_LAYOUT.value),
+        (torch.int32, [strips, 64], FLAT_LAYOUT.value) if low else None,
+        (torch.int32, [form.meta_rows.value, 16 * strips], FLAT_LAYOUT.value),
         (dtype, [block_m, 64], ROWS_LAYOUT.value),
     ]
 
@@ -258,7 +260,7 @@ Multiply = Callable[..., None]
 @functools.cache
 def prepare_transposed(
     device: int, dtype: torch.dtype, *, bits: int, scales_bf16: bool, group_columns: int, block_m: int, stages: int,
-    unit: int, group_m: int, resident: int,
+    products: int, unit: int, group_m: int, resident: int,
 ) -> Multiply:  # fmt: skip
     """Compile for these constants.
 
@@ -269,8 +271,9 @@ def prepare_transposed(
         scales_bf16: Whether scales are bfloat16, not float16.
         group_columns: Columns that share a scale: 32, 64 or a multiple of 128.
         block_m: Rows of a tile of dx: a power of two from 32 to 256.
-        stages: Of four strips, in shared memory.
-        unit: Of stages between two waits of a warpgroup for its products; programs that share a tile cut it there.
+        stages: In shared memory.
+        products: Of a stage: 1 or 2, each of 64 rows of W.
+        unit: Products between two waits of a warpgroup for all; programs that share a tile cut it there.
         group_m: Blocks of rows that go through the weight together.
         resident: Programs of a multiprocessor at a time: 1, or 2 of 64 rows at most.
 
@@ -281,7 +284,7 @@ def prepare_transposed(
         shares tiles, and of two zeroed int32 counters a streamed tile, which are left zeroed.
     """
     names = constants(
-        bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, unit, group_m, resident
+        bits, dtype == torch.bfloat16, scales_bf16, group_columns, block_m, stages, products, unit, group_m, resident
     )
     boxes = [box and described(*box) for box in descriptors(names["F"], dtype, block_m)]
     pointers = (*boxes, torch.float32, torch.int32)
@@ -295,7 +298,7 @@ def prepare_transposed(
         (strips, steps, _), words_map = words.shape, Map.of(words.view(len(words), -1))
         launch(
             programs, 1, stream, Map.of(dy), words_map, words_map if bits == 3 else None, Map.of(meta), Map.of(dx),
-            workspace, counters, sharing, streamed, -(-len(dy) // block_m), steps, -(-strips // (STAGE.value * unit)),
+            workspace, counters, sharing, streamed, -(-len(dy) // block_m), steps, -(-strips // (STRIPS.value * unit)),
         )  # fmt: skip
 
     return multiply

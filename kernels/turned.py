@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from .common import Constants, bits_of, linear
 from .unpack_ptx import transposed_ptx
 
-STAGE = gl.constexpr(4)  # strips at a time
+STRIPS = gl.constexpr(4)  # of a product
 
 
 class Form(Constants):
@@ -26,23 +26,26 @@ class Form(Constants):
         bf16: Whether dy and dx are bfloat16, not float16.
         scales_bf16: Likewise, scales.
         subgroups: Groups to a step: 1, 2 or 4.
+        products: Of a stage: 1 or 2, each of 64 rows of W.
     """
 
-    def __init__(self, bits: int, bf16: bool, scales_bf16: bool, subgroups: int) -> None:
-        stage = STAGE.value
-        self.key = (bits, bf16, scales_bf16, subgroups)
+    def __init__(self, bits: int, bf16: bool, scales_bf16: bool, subgroups: int, products: int) -> None:
+        n = STRIPS.value
+        self.key = (bits, bf16, scales_bf16, subgroups, products)
         asm = [transposed_ptx(bits, upper, bf16, bf16 != scales_bf16) for upper in (False, True)]
-        strips = [[b, 0] for b in bits_of(stage)]
+        strips = [[b, 0] for b in bits_of(n)]
         lanes = [[0, 4 * b] for b in bits_of(32)]
         if bits == 8:
-            words = linear([[0, 1], *strips], lanes, [[0, 2], [0, 128]], [stage, 256])
+            words = linear([[0, 1], *strips], lanes, [[0, 2], [0, 128]], [n, 256])
         elif bits == 3:
-            words = linear([[0, 1], [0, 2], *strips], lanes, [[0, 0], [0, 0]], [stage, 128])
+            words = linear([[0, 1], [0, 2], *strips], lanes, [[0, 0], [0, 0]], [n, 128])
         else:
-            words = linear(strips, lanes, [[0, 1], [0, 2]], [stage, 128])
+            words = linear(strips, lanes, [[0, 1], [0, 2]], [n, 128])
         of_warp = [[0, 0], [1, 0] if subgroups == 4 else [0, 0]]
         self.keep(
             bits=bits,
+            products=products,
+            strips=n * products,  # of a stage
             dtype=gl.bfloat16 if bf16 else gl.float16,
             scales=gl.bfloat16 if scales_bf16 else gl.float16,
             mixed=bf16 != scales_bf16,
@@ -55,19 +58,19 @@ class Form(Constants):
             upper_asm=asm[1][0],
             constraints=asm[0][1],
             words=words,
-            low_words=linear([[0, 1], *strips], [[0, 2 * b] for b in bits_of(32)], [[0, 0], [0, 0]], [stage, 64]),
+            low_words=linear([[0, 1], *strips], [[0, 2 * b] for b in bits_of(32)], [[0, 0], [0, 0]], [n, 64]),
             meta=linear(
-                [[0, 1], *[[0, 16 * b] for b in bits_of(stage)]], [[0, 0]] * 2 + [[0, 2 * b] for b in bits_of(8)],
-                of_warp, [max(1, subgroups // 2), 16 * stage],
+                [[0, 1], *[[0, 16 * b] for b in bits_of(n)]], [[0, 0]] * 2 + [[0, 2 * b] for b in bits_of(8)],
+                of_warp, [max(1, subgroups // 2), 16 * n],
             ),
             lanes=linear(
-                [[b, 0, 0] for b in bits_of(stage)], [[0, b, 0] for b in bits_of(32)], [[0, 0, 1], [0, 0, 2]],
-                [stage, 32, 4],
+                [[b, 0, 0] for b in bits_of(n)], [[0, b, 0] for b in bits_of(32)], [[0, 0, 1], [0, 0, 2]],
+                [n, 32, 4],
             ),
             spread=linear(
-                [[b, 0, 0, 0, 0] for b in bits_of(stage)],
+                [[b, 0, 0, 0, 0] for b in bits_of(n)],
                 [[0, 0, b, 0, 0] for b in bits_of(4)] + [[0, b, 0, 0, 0] for b in bits_of(8)],
-                [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]], [stage, 8, 4, 2, 2],
+                [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]], [n, 8, 4, 2, 2],
             ),
         )  # fmt: skip
 
@@ -93,13 +96,13 @@ def _for_each_warp(v, F: gl.constexpr):
 
 
 @gluon.jit
-def _words(words, low_words, slot, UPPER: gl.constexpr, F: gl.constexpr):
+def _words(words, low_words, slot, part: gl.constexpr, UPPER: gl.constexpr, F: gl.constexpr):
     """The words from which a warp takes its columns: [strip, lane, warp] each."""
-    w = words.index(slot * F.boxes + (UPPER if F.boxes == 2 else 0)).load(F.words)
-    S: gl.constexpr = w.shape[0]
+    S: gl.constexpr = STRIPS
+    w = words.index(slot * F.boxes + (UPPER if F.boxes == 2 else 0)).slice(S * part, S, dim=0).load(F.words)
     if F.bits == 3:
         a, b = gl.split(_pick(w.reshape((S, 32, 2, 2)).permute((0, 1, 3, 2)), UPPER))
-        c = _pick(low_words.index(slot).load(F.low_words).reshape((S, 32, 2)), UPPER)
+        c = _pick(low_words.index(slot).slice(S * part, S, dim=0).load(F.low_words).reshape((S, 32, 2)), UPPER)
         which = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, F.lanes)))
         which = gl.expand_dims(gl.expand_dims(which, 0), 1).broadcast_to((S, 32, 4))
         out = (_for_each_warp(a, F), _for_each_warp(b, F), _for_each_warp(c, F), which)
@@ -129,11 +132,12 @@ def _spread(m, S: gl.constexpr, F: gl.constexpr):
 
 
 @gluon.jit
-def operand(words, low_words, meta, slot, UPPER: gl.constexpr, F: gl.constexpr, A: gl.constexpr):
-    """Half a step of W.T, 64 columns k of a stage's strips, as the A operand [64, 64]."""
-    w = _words(words, low_words, slot, UPPER, F)
-    S: gl.constexpr = w[0].shape[0]
-    m = meta.index(slot * F.meta_boxes + (UPPER if F.meta_boxes == 2 else 0)).load(F.meta)
+def operand(words, low_words, meta, slot, part: gl.constexpr, UPPER: gl.constexpr, F: gl.constexpr, A: gl.constexpr):
+    """Half a step of W.T, 64 columns k of a part of a stage's strips, as the A operand [64, 64]."""
+    S: gl.constexpr = STRIPS
+    w = _words(words, low_words, slot, part, UPPER, F)
+    m = meta.index(slot * F.meta_boxes + (UPPER if F.meta_boxes == 2 else 0))
+    m = m.slice(16 * S * part, 16 * S, dim=1).load(F.meta)
     m0, m1 = gl.split(m.reshape((F.meta_rows, S, 8, 2)))
     inputs = w + (_spread(m0, S, F), _spread(m1, S, F))
     if F.mixed:

@@ -39,6 +39,7 @@ from .common import (
     linear,
     load_meta,
     load_words,
+    opaque,
     scales_and_zeros,
     unpack,
     wait_for,
@@ -139,8 +140,8 @@ def _copy_chunk(digits, sums_ptr, sum_offs, row, staged, side, first, end):
         mbarrier.expect(full.index(side), digits.block_type.nbytes)
         columns: gl.constexpr = staged_digits.shape[1] // staged_sums.shape[1]  # of a step
         tma.async_copy_global_to_shared(digits, [first * columns, 0], full.index(side), staged_digits.index(side))
-    present = gl.expand_dims(row + first < end, 1)
-    sum_ptrs = sums_ptr + first * staged_sums.shape[2] + sum_offs
+    present = gl.expand_dims(row < end - first, 1)
+    sum_ptrs = sums_ptr + (first * staged_sums.shape[2] + sum_offs)
     async_copy.async_copy_global_to_shared(staged_sums.index(side), sum_ptrs, mask=present)
     async_copy.commit_group()
 
@@ -172,7 +173,7 @@ def wide_kernel(
     strip = gl.expand_dims(gl.expand_dims(strip, 1), 2)
     lane = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, L))), 0), 2)
     word = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L))), 0), 1)
-    q_ptrs = words_ptr + strip.to(gl.int64) * (steps * T.step_words) + lane * 4 + word
+    q_ptrs = words_ptr + (strip.to(gl.int64) * steps + lo) * T.step_words + lane * 4 + word
     strip_m = gl.minimum(pid_n * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, ML)), strips - 1)
     m_ptrs = meta_ptr + gl.expand_dims(strip_m, 1) * 16 + gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, ML)), 0) * 2
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, CL))
@@ -188,11 +189,9 @@ def wide_kernel(
     step_sums = staged_sums._reinterpret(gl.int32, [2 * CHUNK, 2 * TURNS, ROWS], FLAT)
     q = ()
     meta = ()
-    step = lo
     for d in gl.static_range(DEPTH):
-        q = q + (load_words(q_ptrs, step, last, T),)
-        meta = meta + (load_meta(m_ptrs, step, last, strips, 1, TURNS, GROUP_STEPS),)
-        step += 1
+        q = q + (load_words(q_ptrs, d, last - lo, T),)
+        meta = meta + (load_meta(m_ptrs, lo + d, last, strips, 1, TURNS, GROUP_STEPS),)
     barrier()  # the mbarriers are there
     if PDL:
         do(WAIT_FOR_EARLIER)  # the weight is on its way; digits and workspace belong to the kernels before
@@ -209,27 +208,28 @@ def wide_kernel(
         _copy_chunk(digits, sums_ptr, sum_offs, row, staged, 1 - side, chunk + CHUNK, hi)
         mbarrier.wait(full.index(side), phase)
         barrier()  # before the first read of the chunk, or the compiler adds one to every step
-        for i in range(0, gl.minimum(CHUNK, hi - chunk), DEPTH):
+        for i in range(0, CHUNK if CHUNK == DEPTH else gl.minimum(CHUNK, hi - chunk), DEPTH):
             # The sums of a step are added while the products of the next run. Scales past the last step are 0
             stage = side * CHUNK + i
+            step = chunk + i + DEPTH
+            q_ptrs += DEPTH * T.step_words
             cs = ()
             for d in gl.static_range(DEPTH + 1):
                 if d > 0:
                     done = _wait(cs)
                 if d < DEPTH:
                     cs = _multiply(q[d], step_digits.index(stage + d), T, ROWS, WARPS, TURNS)
-                    q = q[:d] + (load_words(q_ptrs, step + d, last, T),) + q[d + 1 :]
+                    q = q[:d] + (load_words(q_ptrs, d, last - step, T),) + q[d + 1 :]
                     do(FENCE)  # keeps ptxas from sinking the loads
                 if d > 0:
-                    sums = step_sums.index(stage + d - 1)
-                    acc = _add(acc, done, meta[d - 1], sums, T, ROWS, WARPS, TURNS, ZL)
+                    acc = _add(acc, done, meta[d - 1], step_sums.index(stage + d - 1), T, ROWS, WARPS, TURNS, ZL)
                     pairs = load_meta(m_ptrs, step + d - 1, last, strips, 1, TURNS, GROUP_STEPS)
                     meta = meta[: d - 1] + (pairs,) + meta[d:]
                     do(FENCE)
-            step += DEPTH
         phase ^= side
         side = 1 - side
     async_copy.wait_group(0)
+    y = opaque(acc)  # else a bias, or none, decides how the loop's sums are vectorized, and its registers
 
     # Epilogue: the partial sums of all programs in a fixed order
     OUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, P)))
@@ -240,10 +240,9 @@ def wide_kernel(
         gl.arange(0, ROWS // 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, P))))), 3
     )
     in_r = _along(gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, P))))), 4)
-    offs_n = (pid_n * WARPS + in_s) * 16 + 8 * in_r + in_g + 0 * (in_t + in_j)
-    offs_m = 4 * in_j + in_t + 0 * offs_n
+    offs_n = (pid_n * WARPS + in_s) * 16 + 8 * in_r + in_g
+    offs_m = 4 * in_j + in_t
     mine = True
-    y = acc
     if SPLITS:
         PARTIAL: gl.constexpr = 16 * ROWS * WARPS
         part_ptrs = workspace_ptr + pid_n * PARTIAL + ((in_j * 2 + in_r) * WARPS + in_s) * 32 + in_g * 4 + in_t
@@ -251,11 +250,11 @@ def wide_kernel(
         mine = pid_k == split - 1  # the last has the others' sums: it runs when all others do or have
         if mine:
             wait_for(counters_ptr + pid_n, split - 1)
-            y = add_parts((acc,), part_ptrs, stride_part, split - 1, 0)[0]
+            y = add_parts((y,), part_ptrs, stride_part, split - 1, 0)[0]
             barrier()
             gl.store(counters_ptr + pid_n, 0)
         else:
-            gl.store(part_ptrs + pid_k * stride_part, acc)
+            gl.store(part_ptrs + pid_k * stride_part, y)
             arrive(counters_ptr + pid_n)
     if mine:
         y = y * gl.where(in_r > 0, T.higher, 1.0)
@@ -272,6 +271,7 @@ def constants(
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
     t, j, g, lanes, strips = bits_of(4), bits_of(rows // 4), bits_of(8), bits_of(32), bits_of(warps)
+    width = 2 * max(1, 128 // group_columns) * rows
     return {
         "T": Text(bits, scales_bf16, warpgroup=True), "ROWS": rows, "WARPS": warps, "DEPTH": depth,
         "CHUNK": chunk, "SPLITS": splits,
@@ -281,7 +281,7 @@ def constants(
         "ZL": linear(
             [[0, b] for b in j], [[0, rows // 4 * b] for b in t] + [[0, 0]] * 3, [[0, 0] for _ in strips], [1, rows]
         ),
-        "CL": gl.BlockedLayout([1, 4], [1, 32], [1, warps], [1, 0]),
+        "CL": gl.BlockedLayout([1, 4], [128 // width, width // 4], [warps, 1], [1, 0]),  # rows of as many numbers
         "P": linear(
             [[0, 0, 0, 0, 1]] + [[0, 0, 0, b, 0] for b in j],
             [[0, 0, b, 0, 0] for b in t] + [[0, b, 0, 0, 0] for b in g],
@@ -292,7 +292,7 @@ def constants(
 
 def prepare_wide(
     device: int, dtype: torch.dtype, bias: torch.dtype | None, *, bits: int, scales_bf16: bool, group_columns: int,
-    rows: int, warps: int, depth: int, chunk: int, split: int, max_registers: int | None, pdl: bool,
+    rows: int, warps: int, depth: int, chunk: int, split: int, max_registers: int, pdl: bool,
 ) -> Launch:  # fmt: skip
     """Compile for these constants.
 
@@ -308,7 +308,7 @@ def prepare_wide(
         depth: Steps of words in flight.
         chunk: Steps of digits staged at a time, a multiple of depth.
         split: Programs over k.
-        max_registers: Of a thread; None: as many as it takes.
+        max_registers: Of a thread.
         pdl: Programmatic dependent launch.
 
     Returns:

@@ -120,8 +120,7 @@ def test_plans_compile_and_fit(problem, bias, tmp_path):
                 firsts.setdefault("own digits, even", with_own_digits(problem, even))
                 firsts.setdefault((type(plan), plan.in_turn), plan)
             else:
-                split = 1 if bias and plan.max_registers is None else 2
-                firsts.setdefault((type(plan), plan.max_registers), replace(plan, split=split))
+                firsts.setdefault((type(plan), plan.max_registers), replace(plan, split=1 if bias else 2))
     columns = problem.M * problem.subgroups
     assert ((DecodePlan, problem.subgroups > 1 and columns > 4) in firsts) == (columns <= 16)
     assert (firsts.get("own digits") is not None) == (columns <= 4)
@@ -159,7 +158,7 @@ def compiled_gradient(problem: Problem, plan: TransposedPlan, scales: torch.dtyp
     names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
     constants = transposed.constants(
         problem.bits, problem.dtype == torch.bfloat16, scales == torch.bfloat16, problem.group_columns,
-        plan.block_m, plan.stages, plan.unit, plan.group_m, plan.resident,
+        plan.block_m, plan.stages, plan.products(plan.block_m, plan.resident), plan.unit, plan.group_m, plan.resident,
     )  # fmt: skip
     boxes = transposed.descriptors(constants["F"], problem.dtype, plan.block_m)
     pointers = dict.fromkeys(("dy", "words", "low_words", "meta", "dx"))
@@ -258,9 +257,13 @@ def test_large_plans_compile_and_fit(problem, scales_bf16, tmp_path):
         # two programs on a multiprocessor have half of its registers each: a few wait in memory once every two steps
         assert int(spilled[1]) <= (64 if plan.resident == 2 else 16), (plan, report)
         assert "C75" not in report, report  # wgmma serialized
-        # a quarter of a step is two products; a group has code for one step, for two, and half for what sets it apart
-        steps = 3 * plan.groups + plan.groups // 2
-        assert binary.asm["ptx"].count("wgmma.mma_async") == 8 * steps
+        # a quarter of a step is two products; a group has code for one step, for two, some for four, and for what sets
+        # it apart
+        late = (plan.block_m, plan.groups) == (128, 2)
+        most = 4 if late else 2
+        pieces = [n for group in range(plan.groups) for n in (group * most // plan.groups, 1, 2, *[4] * late)]
+        assert binary.asm["ptx"].count("wgmma.mma_async") == 8 * sum(pieces)
         waits = re.findall(r"wgmma\.wait_group\S*\s+(\d)", binary.asm["ptx"])
-        assert len(waits) == steps
-        assert waits.count("1") == plan.groups  # all others end a piece of code
+        assert len(waits) == sum(pieces)
+        on_their_way = "2" if late else "1"
+        assert waits.count(on_their_way) == sum(max(0, n - 1) for n in pieces)  # all others end a piece of code

@@ -166,8 +166,8 @@ _DECODE = {
     },
     4: dict.fromkeys((2, 3, 4, 8), ((2, 1, 8, 2, 2),)),
 }
-# (warps, depth, chunk, registers) by rows of x and groups of a step, then width: registers of a thread at most, that
-# programs of this or of the next launch find room beside
+# (warps, depth, chunk, registers of a thread at most) by rows of x and groups of a step, then width. Fewer registers
+# leave room for more programs of this launch, and for those that find the digits of the next
 _DEEP = (8, 8, 8, 128), (4, 8, 8, 128)
 _DEEPER = (8, 8, 8, 255), (4, 8, 8, 168)
 _WIDE = {

@@ -99,7 +99,7 @@ def _time(problem: Problem, plan: FusedPlan, copies: list[TiledWeight]) -> float
             raise
         return math.inf
     captured.graph.replay()
-    return statistics.median(captured.time() for _ in range(_REPLAYS))
+    return _medians([captured], _REPLAYS)[0]
 
 
 def _in_turns(problem: Problem, plans: Sequence[FusedPlan], copies: list[TiledWeight]) -> list[float]:
@@ -110,8 +110,17 @@ def _in_turns(problem: Problem, plans: Sequence[FusedPlan], copies: list[TiledWe
         for one in captured:
             one.graph.replay()
         torch.cuda.synchronize()
-    rounds = [[one.time() for one in captured] for _ in range(4 * _REPLAYS)]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+    return _medians(captured, 4 * _REPLAYS)
+
+
+def _medians(captured: Sequence[_Captured], rounds: int) -> list[float]:
+    """Microseconds of each one's product, of replays in turns that the GPU has no time to wait between."""
+    turns = [[one.replay() for one in captured] for _ in range(rounds)]
+    torch.cuda.synchronize()
+    return [
+        statistics.median(begin.elapsed_time(end) for begin, end in events) * 1e3 / len(one.calls)
+        for one, events in zip(captured, zip(*turns, strict=True), strict=True)
+    ]
 
 
 class _Captured:
@@ -131,11 +140,10 @@ class _Captured:
             for copy in self.calls:
                 launch(self.x, weight.K, None, copy, self.y)
 
-    def time(self) -> float:
-        """Microseconds of a product, of one replay."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    def replay(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Start a replay, between two events."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         self.graph.replay()
         end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / len(self.calls)
+        return begin, end

@@ -145,9 +145,9 @@ def test_tiles_left_over_are_shared(tiles, split, most, units):
 @pytest.mark.parametrize("M", [1024, 2048])
 def test_rows_that_leave_the_cache_are_read_at_few_places(M):
     problem = replace(H200, strips=320, steps=200, M=M)
-    tall = [plan for plan in candidates(problem) if isinstance(plan, LargePlan) and plan.block_m == 256]
-    plan = min(tall, key=lambda plan: microseconds(problem, plan))
-    assert microseconds(problem, plan) < 1.02 * microseconds(problem, choose(problem))  # smaller tiles are as fast
+    plan = choose(problem)
+    assert isinstance(plan, LargePlan)
+    assert plan.block_m == 256
     assert plan.shares(problem).even
     assert plan.shares(problem).busiest(plan.tiles(problem), 200) < -(-plan.tiles(problem) // 132) * 200
 

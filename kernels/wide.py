@@ -271,11 +271,12 @@ def constants(
 ) -> dict:  # fmt: skip
     """The constexpr arguments of the kernel for a plan."""
     t, j, g, lanes, strips = bits_of(4), bits_of(rows // 4), bits_of(8), bits_of(32), bits_of(warps)
-    width = 2 * max(1, 128 // group_columns) * rows
+    turns = max(1, 128 // group_columns)
+    width = 2 * turns * rows
     return {
         "T": Text(bits, scales_bf16, warpgroup=True), "ROWS": rows, "WARPS": warps, "DEPTH": depth,
         "CHUNK": chunk, "SPLITS": splits,
-        "GROUP_STEPS": max(1, group_columns // 128), "TURNS": max(1, 128 // group_columns), "PDL": pdl,
+        "GROUP_STEPS": max(1, group_columns // 128), "TURNS": turns, "PDL": pdl,
         "L": linear([[0, 0, 1], [0, 0, 2]], [[0, b, 0] for b in lanes], [[w, 0, 0] for w in strips], [warps, 32, 4]),
         "ML": linear([], [[0, 0]] * 2 + [[0, b] for b in g], [[w, 0] for w in strips], [warps, 8]),
         "ZL": linear(

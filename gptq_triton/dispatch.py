@@ -179,7 +179,8 @@ _WIDE = {
     },
     (16, 1): {
         2: ((4, 4, 4, 112), (4, 4, 4, 128), (4, 2, 4, 96), (8, 4, 8, 128), *_DEEP),
-        **dict.fromkeys((3, 4), ((4, 4, 4, 120), (4, 4, 4, 128), (4, 2, 4, 96), (8, 4, 8, 128), *_DEEPER)),
+        3: ((4, 4, 4, 120), (4, 4, 4, 128), (4, 4, 4, 136), (4, 2, 4, 96), (8, 4, 8, 128), *_DEEPER),
+        4: ((4, 4, 4, 120), (4, 4, 4, 128), (4, 2, 4, 96), (8, 4, 8, 128), *_DEEPER),
         8: ((4, 2, 4, 112), (4, 2, 4, 128), (8, 2, 4, 128), (16, 2, 4, 128), (8, 4, 8, 255), (4, 4, 4, 168)),
     },
     (8, 2): {
@@ -307,9 +308,10 @@ def _large(problem: Problem) -> Iterator[LargePlan]:
         rows = 64 * groups
         step = 256 * block_m + rows * (16 * problem.bits + 4 * problem.subgroups)
         room = problem.shared_memory // resident - 2048
-        # y leaves whole if that leaves room for two stages, else half by half
-        stages = max(min(8, (room - 2 * rows * block_m) // step), min(2, (room - rows * block_m) // step))
-        if stages < 2 + (resident == 2):
+        least = 2 + (resident == 2)
+        # y leaves whole if that leaves room for the least stages, else half by half
+        stages = max(min(8, (room - 2 * rows * block_m) // step), min(least, (room - rows * block_m) // step))
+        if stages < least:
             continue
         whole = LargePlan(block_m, groups, stages, 1, resident)
         tiles, programs = whole.tiles(problem), resident * problem.multiprocessors

@@ -161,7 +161,8 @@ def _large_microseconds(problem: Problem, plan: LargePlan) -> float:
     others = 0.004 * plan.block_m * (shares.touched(tiles) - 1) + shares.parts * (0.45 + 0.006 * plan.block_m)
     if not shares.even and plan.block_m < problem.M:
         arrival *= 1.25  # some words come more than once
-    return start + shares.busiest(tiles, problem.steps) * max(step, arrival) + others
+    stage = 256 * (plan.block_m + plan.strips_of_program * problem.bits)  # bytes, from the cache
+    return start + shares.busiest(tiles, problem.steps) * max(step, arrival, shares.programs * stage / 7.4e6) + others
 
 
 def _apart(shares: Shares, nbytes: int) -> float:

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from . import dispatch, launches, product, tables
+from .estimates import microseconds
 from .layout import TiledWeight
 from .linear import QuantLinear
 from .plans import FusedPlan, Problem
 
 _COLD_BYTES = 256 << 20  # of weight between two uses of a copy: more than any GPU's cache
+_CALLS, _GRAPH_US = 8, 400.0  # of a graph, at least: a shorter one would measure its own launch, too
 _REPLAYS = 5
 _FINALISTS, _NEAR = 4, 1.08  # plans that are timed again in turns, and how near to the fastest they are
 _WARM = 0.03  # seconds of work before that: clocks change with it
@@ -134,7 +136,8 @@ class _Captured:
         launch = launches.prepare_launch(problem, plan, operands, self.x.get_device())
         for copy in copies[:2]:
             launch(self.x, weight.K, None, copy, self.y)
-        self.calls = copies * math.ceil(8 / len(copies))
+        least = max(_CALLS, _GRAPH_US / microseconds(problem, plan))
+        self.calls = copies * math.ceil(least / len(copies))
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             for copy in self.calls:

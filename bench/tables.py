@@ -107,7 +107,7 @@ def decode() -> str:
         group = {case: cell for case, cell in found.items() if case.bits == bits}
         if group:
             lines.append(_line(["all", str(bits), *(_mean_fraction(group, M) for M in SHOWN_ROWS)], group))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_other_peers(found)])
 
 
 def many_rows(file: str, title: str, peers: Sequence[str]) -> str:
@@ -198,6 +198,16 @@ def _machine(result: dict) -> str:
 def _line(entries: list[str], group: dict[Case, Cell]) -> str:
     ratios = (_number(geomean(speedups(group, peer).values())) for peer in ("humming", "cublas"))
     return "| " + " | ".join([*entries, *ratios]) + " |"
+
+
+def _other_peers(found: dict[Case, Cell]) -> list[str]:
+    peers = {provider for cell in found.values() for provider in cell} - {"ours", "humming", "cublas"}
+    ratios = {peer: speedups(found, peer).values() for peer in sorted(peers)}
+    parts = [
+        f"{peer} {_number(geomean(times))} ({len(times)} products, {_number(min(times))} at least)"
+        for peer, times in ratios.items()
+    ]
+    return ["", f"Speed-up over other peers, where they were measured: {', '.join(parts)}."] if parts else []
 
 
 def _time(group: dict[Case, Cell], M: int) -> str:

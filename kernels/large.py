@@ -42,6 +42,7 @@ from .warpgroups import (
     described,
     extent,
     first_tile,
+    following,
     meet,
     next_tile,
     offsets,
@@ -167,10 +168,7 @@ def _copy(copies, C: gl.constexpr):
             mbarrier.wait(empty.index(stage), phase)
             _copy_weight(sources, ring, stage, tile_n, step, C)
             _copy_x(x, ring, stage, tile_m, step, C)
-            stage += 1
-            if stage == C.stages:
-                stage = 0
-                phase ^= 1
+            stage, phase = following(stage, phase, C.stages)
         ahead = 0
         tile = next_tile(tile, p, cut)
 
@@ -195,10 +193,7 @@ def _steps(acc, stage, phase, N: gl.constexpr, ring, group: gl.constexpr, C: gl.
                 acc = warpgroup_mma_wait(C.ahead, deps=(acc,))
                 mbarrier.arrive(empty.index(previous))
         previous = stage
-        stage += 1
-        if stage == C.stages:
-            stage = 0
-            phase ^= 1
+        stage, phase = following(stage, phase, C.stages)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(previous))
     return acc, stage, phase

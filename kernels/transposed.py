@@ -42,6 +42,7 @@ from .warpgroups import (
     described,
     extent,
     first_tile,
+    following,
     meet,
     next_tile,
     offsets,
@@ -112,10 +113,7 @@ def _copier(
             mbarrier.wait(empty.index(slot), phase)
             _copy_weight(sources, ring, slot, stage, step, F, GROUP_STEPS)
             _copy_dy(dy, ring, slot, stage, block, F)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = following(slot, phase, STAGES)
         ahead = 0
         tile = next_tile(tile, p, cut)
 
@@ -136,10 +134,7 @@ def _stages(
             acc = warpgroup_mma_wait(F.products, deps=(acc,))
             mbarrier.arrive(empty.index(previous))
         previous = slot
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = following(slot, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(previous))
     return acc, slot, phase

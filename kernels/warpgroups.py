@@ -122,6 +122,16 @@ def others(tile, p, cut):
 
 
 @gluon.jit
+def following(stage, phase, STAGES: gl.constexpr):
+    """The next stage of a ring, and the parity that waits there have."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
 def meet(
     acc, part, tile, p, start, stop, cut, workspace_ptr, counters_ptr, offs, PARTS: gl.constexpr, MMA: gl.constexpr,
     R: gl.constexpr, AT_ONCE: gl.constexpr,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         "speed": lambda: section("speed"),
         "quality": lambda: section("quality"),
         "whole models": whole_models,
+        "aims": aims,
     }
     for name, make in made.items():
         if (mark := f"<!-- {name} -->") in markdown:
@@ -71,6 +74,12 @@ def whole_models() -> str:
             gain = two["tokens_per_s"] / one["tokens_per_s"] if "tokens_per_s" in one else one["ms"] / two["ms"]
             parts.append(f"| {job} | {one['ms']:.2f} | {two['ms']:.2f} | {gain:.2f} |")
     return "\n".join(parts)
+
+
+def aims() -> str:
+    """What was aimed at, what was measured, and the worst cases of what is missed."""
+    found = subprocess.run([sys.executable, ROOT / "bench" / "targets.py"], capture_output=True, text=True, check=True)
+    return f"```text\n{found.stdout}```"
 
 
 def svg(width: int, height: int, shapes: list[str]) -> str:

@@ -63,7 +63,7 @@ def test_the_documentation_builds_whole(tmp_path):
     api = (tmp_path / "api" / "index.html").read_text()
     assert all(f'id="gptq_triton.{name}"' in api for name in gptq_triton.__all__)
     figures = (tmp_path / "benchmarks" / "index.html").read_text()
-    assert all(text in figures for text in ("yes", "x humming", "KL handbook"))
+    assert all(text in figures for text in ("yes", "x humming", "KL handbook", "fraction of the floor (20)"))
     for picture in re.findall(r'<img[^>]* src="\.\./([^"]*)"', figures):
         ElementTree.fromstring((tmp_path / picture).read_text())
     for picture in ("words-4", "words-3", "tiles", "quality"):

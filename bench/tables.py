@@ -19,6 +19,7 @@ GPU = RESULTS / "h200"
 WIDTHS = (8, 4, 3, 2)
 LAYERS = {(4096, 4096): "4096 x 4096", (28672, 4096): "28672 x 4096", (8192, 28672): "8192 x 28672"}
 SHOWN_ROWS = (1, 16, 64)
+PEERS = ("humming", "cublas")  # with columns of their own among few rows
 MANY_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)
 DEFAULT = "clip, refine 1"  # of QuantizeConfig, as bench/switches.py calls it
 PLOTS = {"speedup.svg": "Speed-up over fp16 against M", "floor.svg": "Fraction of the floor against M"}
@@ -196,12 +197,12 @@ def _machine(result: dict) -> str:
 
 
 def _line(entries: list[str], group: dict[Case, Cell]) -> str:
-    ratios = (_number(geomean(speedups(group, peer).values())) for peer in ("humming", "cublas"))
+    ratios = (_number(geomean(speedups(group, peer).values())) for peer in PEERS)
     return "| " + " | ".join([*entries, *ratios]) + " |"
 
 
 def _other_peers(found: dict[Case, Cell]) -> list[str]:
-    peers = {provider for cell in found.values() for provider in cell} - {"ours", "humming", "cublas"}
+    peers = {provider for cell in found.values() for provider in cell} - {"ours", *PEERS}
     ratios = {peer: speedups(found, peer).values() for peer in sorted(peers)}
     parts = [
         f"{peer} {_number(geomean(times))} ({len(times)} products, {_number(min(times))} at least)"
